@@ -1,0 +1,3 @@
+from lumina.config import Config
+def get_config(variant=""):
+    return Config()

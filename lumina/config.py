@@ -1,0 +1,407 @@
+"""One config for both backends: plain dataclasses, validated in plain words before anything expensive runs.
+
+A config is named by a preset (`b14`), a file (`configs/b14.py`, `my.json`, `my.yaml`), or a run directory, each with an
+optional variant (`configs/b7.py:dense`), and changed by flags (`--config.model.num_layers=4`).
+"""
+
+import dataclasses
+import difflib
+import json
+import math
+import runpy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lumina.errors import ConfigError, UsageError
+
+PRESET_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+VARIANTS = ("", "dense", "moe", "mod", "hybrid")
+SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "cosine_restarts", "wsd")
+
+
+@dataclass
+class MoEConfig:
+    """Mixture-of-Experts feed-forward layers."""
+
+    pattern: str = "none"  # which layers: all, none, interleaved, every_N, sandwich, or a list such as 1,3,5
+    num_experts: int = 8  # E
+    top_k: int = 1  # experts a token
+    capacity_factor: float = 1.25  # training only: slots an expert has in a row, times T * top_k / E
+    score: str = "softmax"  # softmax or sigmoid over the router logits
+    temperature: float = 1.0  # router logits are divided by it
+    jitter: float = 0.0  # training only: router inputs are multiplied by uniform noise in 1 +- jitter
+    route_scale: float = 1.0  # gates are multiplied by it
+    shared_experts: int = 0  # experts that every token takes, fused into one feed-forward of width shared_experts * d_ff
+    balance_weight: float = 0.01  # load-balance loss, averaged over layers; uniform load is 1
+    z_weight: float = 0.001  # mean of logsumexp(router logits)^2
+    bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimizer step; 0 is off
+
+
+@dataclass
+class MoDConfig:
+    """Mixture-of-Depths around the feed-forward: only some tokens of a row take it."""
+
+    pattern: str = "none"  # which layers, as in moe.pattern
+    capacity: float = 0.75  # c: fraction of a row's tokens that the layer works on in training
+    predictor_weight: float = 0.1  # binary cross-entropy that teaches the causal decision, gate > 0.5
+
+
+@dataclass
+class ModelConfig:
+    """The transformer."""
+
+    vocab_size: int = 1024  # V: rows of the embedding; at least the tokenizer's ids
+    d_model: int = 128  # D
+    num_layers: int = 2  # L
+    num_heads: int = 2  # H: query heads
+    num_kv_heads: int = 1  # K: key/value heads; divides num_heads
+    head_dim: int = 64  # h: even, as RoPE rotates halves
+    d_ff: int = 512  # F: width of one feed-forward, or of one expert
+    activation: str = "swiglu"  # swiglu or geglu
+    tie_embeddings: bool = True  # the head is the embedding, transposed
+    scale_embeddings: bool = False  # multiply the embedding by sqrt(D)
+    qk_norm: bool = False  # RMSNorm over each query and key head
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    norm_eps: float = 1e-6  # inside the root of RMSNorm
+    dropout: float = 0.0  # training only: on each residual branch
+    init_std: float = 0.02  # normal initialiser; residual outputs are smaller by 1 / sqrt(2L)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    mod: MoDConfig = field(default_factory=MoDConfig)
+
+
+@dataclass
+class DataConfig:
+    """Text in, rows of tokens out."""
+
+    source: str = "stdlib"  # stdlib, synthetic, or comma-separated .txt and .jsonl files and globs
+    text_field: str = ""  # field of .jsonl records; empty finds text, content, message, body or output
+    tokenizer: str = "bpe"  # bpe (trained on the source), gpt2, cl100k_base, o200k_base, or a .model or .json file
+    held_out: float = 0.02  # fraction of documents kept for evaluation, chosen by hash
+    sequence_length: int = 256  # T: tokens in a row
+    cache_dir: str = ""  # where token shards are kept; empty is $LUMINA_CACHE or ~/.cache/lumina
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule. Matrices decay; norms, routers' biases and embeddings do not."""
+
+    learning_rate: float = 3e-4  # peak
+    schedule: str = "cosine"  # constant, cosine, linear, one_cycle, cosine_restarts or wsd (warm-up, stable, decay)
+    warmup_steps: int = 100  # linear, never a step of rate zero
+    min_ratio: float = 0.1  # last learning rate over the peak
+    decay_fraction: float = 0.2  # wsd: last fraction of the steps, decaying linearly
+    restarts: int = 3  # cosine_restarts: cycles after the warm-up
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # largest global gradient norm; 0 is off
+
+
+@dataclass
+class TrainConfig:
+    """How long, how much at once, and how precisely."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # B: rows an optimizer step, over all micro-batches
+    micro_batches: int = 1  # the batch is computed in this many equal parts
+    seed: int = 0  # of initialisation, shuffling, dropout and samples
+    compute_dtype: str = "float32"  # float32 or bfloat16; parameters and optimizer stay float32
+    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+    eval_every: int = 200  # steps; 0 evaluates at the end only
+    eval_rows: int = 0  # held-out rows an evaluation reads; 0 is all of them
+    early_stopping: int = 0  # evaluations without improvement before stopping; 0 is off
+
+
+@dataclass
+class CheckpointConfig:
+    """What is kept of a run."""
+
+    every: int = 200  # steps between checkpoints; the last step always has one
+    keep: int = 2  # newest checkpoints kept, apart from the best one
+
+
+@dataclass
+class MonitorConfig:
+    """What a person sees."""
+
+    log_every: int = 10  # steps between records in metrics.jsonl
+    sample_every: int = 0  # steps between samples; 0 prints them at the end only
+    sample_prompt: str = "def "  # what samples begin with
+    sample_tokens: int = 96  # length of a sample
+    tensorboard: bool = True  # write TensorBoard events beside metrics.jsonl
+
+
+@dataclass
+class Config:
+    """Everything that decides a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def _require(holds: bool, name: str, value: Any, would_work: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r}: {would_work}")
+
+
+def layer_pattern(pattern: str, num_layers: int, name: str = "pattern") -> list[bool]:
+    """Which of `num_layers` layers a pattern selects.
+
+    `all`; `none`; `interleaved`, every second one, the last included; `every_N`, layers N-1, 2N-1, ...; `sandwich`, all but
+    the first two and last two; or layer numbers from 0 such as `1,3,5`. Raises ConfigError for anything else.
+    """
+    if pattern in ("all", "none"):
+        return [pattern == "all"] * num_layers
+    if pattern == "interleaved":
+        pattern = "every_2"
+    if pattern == "sandwich":
+        return [2 <= i < num_layers - 2 for i in range(num_layers)]
+    if pattern.startswith("every_") and pattern[6:].isdigit() and int(pattern[6:]) > 0:
+        every = int(pattern[6:])
+        return [i % every == every - 1 for i in range(num_layers)]
+    numbers = pattern.split(",")
+    _require(
+        all(n.strip().isdigit() and int(n) < num_layers for n in numbers),
+        name,
+        pattern,
+        f"must be all, none, interleaved, every_N, sandwich, or layer numbers from 0 to {num_layers - 1} such as 0,1",
+    )
+    return [i in {int(n) for n in numbers} for i in range(num_layers)]
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    for spec in dataclasses.fields(config):
+        value, name = getattr(config, spec.name), prefix + spec.name
+        if dataclasses.is_dataclass(value):
+            _check_types(value, name + ".")
+            continue
+        if spec.type is float and type(value) is int:
+            value = float(value)
+            setattr(config, spec.name, value)
+        _require(type(value) is spec.type, name, value, f"must be of type {spec.type.__name__}")
+        if isinstance(value, float):
+            _require(math.isfinite(value), name, value, "must be finite")
+
+
+def validate(config: Config) -> Config:
+    """Return `config`, or raise a ConfigError that names the field, its value and what would be right."""
+    _check_types(config, "")
+    m, moe, mod, d, o, t = config.model, config.model.moe, config.model.mod, config.data, config.optim, config.train
+    at_least_1 = {
+        "model": (m, "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"),
+        "model.moe": (moe, "num_experts top_k"),
+        "data": (d, "sequence_length"),
+        "optim": (o, "restarts"),
+        "train": (t, "steps batch_size micro_batches"),
+        "checkpoint": (config.checkpoint, "every keep"),
+        "monitor": (config.monitor, "log_every sample_tokens"),
+    }
+    at_least_0 = {
+        "model": (m, "init_std norm_eps"),
+        "model.moe": (moe, "jitter shared_experts balance_weight z_weight bias_rate"),
+        "model.mod": (mod, "predictor_weight"),
+        "optim": (o, "learning_rate warmup_steps weight_decay clip_norm"),
+        "train": (t, "seed eval_every eval_rows early_stopping"),
+        "monitor": (config.monitor, "sample_every"),
+    }
+    for least, table in ((1, at_least_1), (0, at_least_0)):
+        for prefix, (part, names) in table.items():
+            for name in names.split():
+                value = getattr(part, name)
+                _require(value >= least, f"{prefix}.{name}", value, f"must be at least {least}")
+    for prefix, part, names in (
+        ("model", m, "rope_theta"),
+        ("model.moe", moe, "capacity_factor temperature route_scale"),
+        ("optim", o, "eps"),
+    ):
+        for name in names.split():
+            _require(getattr(part, name) > 0, f"{prefix}.{name}", getattr(part, name), "must be above 0")
+    for prefix, part, name, choices in (
+        ("model", m, "activation", ("swiglu", "geglu")),
+        ("model.moe", moe, "score", ("softmax", "sigmoid")),
+        ("optim", o, "schedule", SCHEDULES),
+        ("train", t, "compute_dtype", ("float32", "bfloat16")),
+    ):
+        value = getattr(part, name)
+        _require(value in choices, f"{prefix}.{name}", value, f"must be one of {', '.join(choices)}{_nearest(value, choices)}")
+    _require(
+        m.num_heads % m.num_kv_heads == 0,
+        "model.num_heads",
+        m.num_heads,
+        f"must be a multiple of model.num_kv_heads = {m.num_kv_heads}",
+    )
+    _require(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "must be even, because RoPE rotates halves")
+    layer_pattern(moe.pattern, m.num_layers, "model.moe.pattern")
+    layer_pattern(mod.pattern, m.num_layers, "model.mod.pattern")
+    _require(
+        moe.top_k <= moe.num_experts, "model.moe.top_k", moe.top_k, f"must be at most model.moe.num_experts = {moe.num_experts}"
+    )
+    _require(0 < mod.capacity <= 1, "model.mod.capacity", mod.capacity, "must be above 0 and at most 1")
+    _require(moe.jitter < 1, "model.moe.jitter", moe.jitter, "must be below 1")
+    _require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be from 0 to below 1")
+    _require(d.sequence_length >= 2, "data.sequence_length", d.sequence_length, "must be at least 2")
+    _require(0 < d.held_out < 1, "data.held_out", d.held_out, "must be between 0 and 1")
+    _require(
+        t.batch_size % t.micro_batches == 0,
+        "train.batch_size",
+        t.batch_size,
+        f"must be a multiple of train.micro_batches = {t.micro_batches}",
+    )
+    for name in ("min_ratio", "decay_fraction"):
+        value = getattr(o, name)
+        _require(0 <= value <= 1, f"optim.{name}", value, "must be from 0 to 1")
+    for name in ("beta1", "beta2"):
+        value = getattr(o, name)
+        _require(0 <= value < 1, f"optim.{name}", value, "must be from 0 to below 1")
+    _require(
+        o.warmup_steps < t.steps or o.warmup_steps == 0,
+        "optim.warmup_steps",
+        o.warmup_steps,
+        f"must be below train.steps = {t.steps}",
+    )
+    _require(
+        t.early_stopping == 0 or t.eval_every > 0,
+        "train.early_stopping",
+        t.early_stopping,
+        "needs train.eval_every above 0: it counts evaluations",
+    )
+    return config
+
+
+# -------------------------------------------------------------------------------------------------- save and load
+
+
+def _nearest(name: str, names: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(names), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
+    """A config from nested dictionaries; missing fields keep their defaults, unknown ones raise a ConfigError."""
+    where = prefix.rstrip(".") or "the config"
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where} = {values!r}: must be a mapping of field to value")
+    config = cls()
+    names = {spec.name for spec in dataclasses.fields(cls)}
+    for key, value in values.items():
+        if key not in names:
+            raise ConfigError(f"{prefix}{key}: no such field{_nearest(key, names)}; {where} has {', '.join(sorted(names))}")
+        old = getattr(config, key)
+        setattr(config, key, from_dict(value, type(old), f"{prefix}{key}.") if dataclasses.is_dataclass(old) else value)
+    return config
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Write the whole config as JSON, or as YAML when the name ends in .yaml or .yml."""
+    path = Path(path)
+    values = to_dict(config)
+    text = yaml.safe_dump(values, sort_keys=False) if path.suffix in (".yaml", ".yml") else json.dumps(values, indent=2) + "\n"
+    path.write_text(text, encoding="utf-8")
+
+
+def presets() -> list[str]:
+    """Names that `load` takes, from the files in `configs/`."""
+    return sorted(path.stem for path in PRESET_DIRECTORY.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load(spec: str) -> Config:
+    """The validated config that `spec` names.
+
+    Args:
+        spec: a preset name, `auto`, a .py, .json or .yaml file, or a run directory; presets and .py files take `:variant`.
+
+    Raises:
+        UsageError: there is no such file or preset.
+        ConfigError: it does not hold a valid config.
+    """
+    name, _, variant = spec.partition(":")
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UsageError(f"{name}: not a run directory, it has no config.json")
+    elif not path.is_file() and name in presets():
+        path = PRESET_DIRECTORY / f"{name}.py"
+    if not path.is_file():
+        raise UsageError(f"{name}: no such config file, run directory or preset{_nearest(name, presets())}; presets: {' '.join(presets())}")
+    if path.suffix == ".py":
+        if variant not in VARIANTS:
+            raise UsageError(f"{spec}: no variant {variant!r}{_nearest(variant, VARIANTS)}; there are {', '.join(VARIANTS[1:])}")
+        return validate(runpy.run_path(str(path))["get_config"](variant))
+    if variant:
+        raise UsageError(f"{spec}: only presets and .py files have variants")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read as a config: {str(error).splitlines()[0]}") from error
+    return validate(from_dict(values))
+
+
+# ------------------------------------------------------------------------------------------------------ overrides
+
+
+def override(config: Config, flags: list[str]) -> Config:
+    """Apply flags such as `--config.model.num_layers=4` in place and return the validated config.
+
+    Raises:
+        ConfigError: a field does not exist (the nearest name is suggested) or the value is not of its type.
+        UsageError: a flag is not of this form.
+    """
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
+    for flag in flags:
+        if not flag.startswith("--config.") or "=" not in flag:
+            raise UsageError(f"{flag}: unknown argument; config fields are set as --config.train.steps=100")
+        _check_field(config, flag[len("--config.") :].partition("=")[0])
+    values = absl_flags.FlagValues()
+    # ml_collections looks for overrides in argv, and defines one typed flag for each.
+    import sys
+
+    saved, sys.argv = sys.argv, ["lumina", *flags]
+    try:
+        config_flags.DEFINE_config_dataclass("config", config, flag_values=values)
+        values(sys.argv)
+    except (absl_flags.Error, ValueError, TypeError) as error:
+        raise ConfigError(str(error).removeprefix("flag --config.")) from error
+    finally:
+        sys.argv = saved
+    return validate(values["config"].value)
+
+
+def _check_field(config: Any, dotted: str) -> None:
+    node, done = config, ""
+    for key in dotted.split("."):
+        names = [spec.name for spec in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+        if key not in names:
+            whole = [name for name in _all_fields(config) if name.split(".")[-1] == dotted.split(".")[-1]]
+            hint = f" (did you mean {whole[0]}?)" if len(whole) == 1 else _nearest(dotted, _all_fields(config))
+            raise ConfigError(f"{dotted}: no such field{hint}; {done or 'the config'} has {', '.join(names) or 'no fields'}")
+        node, done = getattr(node, key), f"{done}.{key}".lstrip(".")
+    if dataclasses.is_dataclass(node):
+        raise ConfigError(f"{dotted}: is a group of fields; set one of {', '.join(s.name for s in dataclasses.fields(node))}")
+
+
+def _all_fields(config: Any, prefix: str = "") -> list[str]:
+    names = []
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        names += _all_fields(value, f"{prefix}{spec.name}.") if dataclasses.is_dataclass(value) else [prefix + spec.name]
+    return names

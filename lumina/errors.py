@@ -1,0 +1,53 @@
+"""Errors that a user can act on, each with the exit code that a script can branch on."""
+
+import sys
+from collections.abc import Callable
+
+STOPPED_AND_SAVED = 75
+DO_NOT_RETRY = 93
+INTERRUPTED = 130
+
+
+class LuminaError(Exception):
+    """A refusal: one line that names the thing, the value it had, and what would work."""
+
+    exit_code = 1
+
+
+class UsageError(LuminaError):
+    """The command line is wrong, or a path on it cannot be used."""
+
+    exit_code = 2
+
+
+class ConfigError(LuminaError):
+    """The config asks for something impossible."""
+
+    exit_code = 3
+
+
+class DataError(LuminaError):
+    """The text, the tokenizer file or the token shards cannot be used."""
+
+    exit_code = 4
+
+
+class CheckpointError(LuminaError):
+    """A checkpoint is missing, or does not fit the model."""
+
+    exit_code = 5
+
+
+def exit_with(main: Callable[[], None]) -> None:
+    """Run `main` and leave the process with the exit code of what happened; user errors print one line."""
+    try:
+        main()
+    except LuminaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # `lumina params ... | head`
+        sys.stderr.close()
+        sys.exit(0)
