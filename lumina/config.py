@@ -22,7 +22,7 @@ VARIANTS = ("", "dense", "moe", "mod", "hybrid")
 SCHEDULES = ("constant", "cosine", "linear", "one_cycle", "cosine_restarts", "wsd")
 
 
-@dataclass
+@dataclass(unsafe_hash=True)  # a module may hold it, and modules are keys of compiled functions
 class MoEConfig:
     """Mixture-of-Experts feed-forward layers."""
 
@@ -40,7 +40,7 @@ class MoEConfig:
     bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimizer step; 0 is off
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class MoDConfig:
     """Mixture-of-Depths around the feed-forward: only some tokens of a row take it."""
 
@@ -49,7 +49,7 @@ class MoDConfig:
     predictor_weight: float = 0.1  # binary cross-entropy that teaches the causal decision, gate > 0.5
 
 
-@dataclass
+@dataclass(unsafe_hash=True)
 class ModelConfig:
     """The transformer."""
 
@@ -67,7 +67,7 @@ class ModelConfig:
     rope_theta: float = 10_000.0  # base of the rotary frequencies
     norm_eps: float = 1e-6  # inside the root of RMSNorm
     dropout: float = 0.0  # training only: on each residual branch
-    init_std: float = 0.02  # normal initialiser; residual outputs are smaller by 1 / sqrt(2L)
+    embedding_std: float = 0.02  # of the embedding's normal initialiser; matrices take 1 / sqrt(fan in)
     moe: MoEConfig = field(default_factory=MoEConfig)
     mod: MoDConfig = field(default_factory=MoDConfig)
 
@@ -208,7 +208,7 @@ def validate(config: Config) -> Config:
         "monitor": (config.monitor, "log_every sample_tokens"),
     }
     at_least_0 = {
-        "model": (m, "init_std norm_eps"),
+        "model": (m, "embedding_std norm_eps"),
         "model.moe": (moe, "jitter shared_experts balance_weight z_weight bias_rate"),
         "model.mod": (mod, "predictor_weight"),
         "optim": (o, "learning_rate warmup_steps weight_decay clip_norm"),

@@ -1,0 +1,80 @@
+# Lumina's tasks. `make` alone lists them.
+
+# The first of these that is Python 3.11 to 3.13 makes .venv; to choose one: make setup PYTHON=/path/to/python3.12
+PYTHON ?= python3 python3.13 python3.12 python3.11
+ARGS ?=
+PYTEST_ARGS ?= -q -n 2 --dist loadfile
+
+VENV := .venv
+BIN := $(VENV)/bin/python
+PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
+LOCKED := pyproject.toml requirements.lock
+# Before the packages themselves exist, mypy and ruff check what there is.
+MYPY_DIRECTORIES := $(wildcard lumina lumina_jax lumina_torch)
+
+.PHONY: help setup setup-dev train test check format bench lock hooks clean
+.NOTPARALLEL:
+
+help: ## list these tasks
+	@echo "Usage: make TASK [ARGS='more flags for the command']"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(VENV)/.core ## make .venv with what training needs
+
+setup-dev: $(VENV)/.dev ## make .venv with what tests and checks need as well
+
+train: $(VENV)/.core ## train the debug model: two minutes on two CPU cores
+	$(BIN) -m lumina_jax.train --config configs/debug.py --workdir runs/debug $(ARGS)
+
+test: $(VENV)/.dev ## run the tests; ARGS=tests/lumina runs some of them
+	$(BIN) -m pytest $(PYTEST_ARGS) $(ARGS)
+
+check: $(VENV)/.dev ## lint (with security rules), formatting, types
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
+
+format: $(VENV)/.dev ## format the code, and sort its imports
+	$(BIN) -m ruff check --select I --fix --quiet .
+	$(BIN) -m ruff format .
+
+bench: $(VENV)/.core ## time the train step; prints JSON
+	$(BIN) benchmarks/train_step.py $(ARGS)
+
+lock: build/uv/bin/uv ## update requirements.lock to fit pyproject.toml; ARGS=--upgrade takes newer versions
+	build/uv/bin/uv pip compile pyproject.toml --output-file requirements.lock --quiet $(ARGS) \
+	    --universal --python-version 3.11 --extra dev --extra torch --extra gpu --extra tpu --no-annotate \
+	    --custom-compile-command 'make lock   (exact versions; no hashes, as a CPU build of the same torch may serve)'
+
+hooks: $(VENV)/.dev ## check each commit as it is made (pre-commit)
+	$(BIN) -m pre_commit install
+
+clean: ## remove caches and builds; keeps .venv and runs/
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is written after its step has finished, so that an interrupted one is done again.
+$(VENV)/.made:
+	@for candidate in $(PYTHON); do \
+	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then \
+	        echo "Making $(VENV) with $$($$candidate --version) ($$candidate)."; \
+	        $$candidate -m venv $(VENV) && $(BIN) -m pip --version > /dev/null && touch $@ && exit 0; \
+	        echo "error: $(VENV) could not be made with $$candidate (see above); if it was there before, remove it" >&2; exit 1; \
+	    fi; \
+	done; \
+	echo "error: Lumina needs Python 3.11, 3.12 or 3.13, and none of these is one: $(PYTHON)." \
+	    "Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 1
+
+$(VENV)/.core: $(LOCKED) | $(VENV)/.made
+	@echo "Installing what training needs into $(VENV): about a minute and 800 MB, the first time."
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(LOCKED) | $(VENV)/.made
+	@echo "Installing what training, tests and checks need into $(VENV): a few minutes and 2 GB, the first time."
+	@$(PIP) --editable '.[dev,torch]'
+	@touch $(VENV)/.core $@
+
+build/uv/bin/uv:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip --disable-pip-version-check install --quiet uv

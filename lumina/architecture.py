@@ -1,0 +1,229 @@
+"""What a model consists of, without any array: its layer plan, its tensors, its parameters, FLOPs and memory.
+
+D model width, H query heads, K key/value heads, h head width, F feed-forward width, E experts, V vocabulary, L layers,
+T positions, B rows, c the share of tokens that a Mixture-of-Depths layer works on.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lumina.config import Config, ModelConfig, layer_pattern
+
+
+class Segment(NamedTuple):
+    """`kinds`, a short period of layers, repeated; the layers are `start`, `start + 1`, ... in order."""
+
+    start: int
+    kinds: tuple[str, ...]
+    repeats: int
+
+    def layers(self, position: int) -> range:
+        """Numbers of the layers at `position` of the period."""
+        return range(self.start + position, self.start + len(self.kinds) * self.repeats, len(self.kinds))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One named array of the model: the row of the table from which it is made, counted, sharded, saved and exported."""
+
+    name: str  # canonical, such as blocks.3.attention.query
+    shape: tuple[int, ...]  # [in, out]
+    axes: tuple[str, ...]  # logical, one a dimension
+    std: float | None  # of the normal initialiser; None for constants
+    constant: float = 0.0  # what constants start from
+    decayed: bool = False  # whether AdamW shrinks it
+    trained: bool = True  # False: state that is counted, not differentiated
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def layer_kinds(model: ModelConfig) -> list[str]:
+    """The kind of each layer: dense, moe, dense+mod or moe+mod."""
+    moe = layer_pattern(model.moe.pattern, model.num_layers)
+    mod = layer_pattern(model.mod.pattern, model.num_layers)
+    return [("moe" if a else "dense") + ("+mod" if b else "") for a, b in zip(moe, mod, strict=True)]
+
+
+def layer_plan(kinds: list[str]) -> list[Segment]:
+    """Cut the layers into segments such that the fewest distinct layers are compiled.
+
+    A dynamic programme over cuts: a segment costs the length of its period, ties go to fewer segments.
+    """
+    count = len(kinds)
+    best: list[tuple[int, int, list[Segment]]] = [(0, 0, [])] + [(count + 1, 0, [])] * count
+    for start in range(count):
+        cost, pieces, plan = best[start]
+        for period in range(1, count - start + 1):
+            repeats = 1
+            while True:
+                end = start + period * repeats
+                if (cost + period, pieces + 1) < best[end][:2]:
+                    best[end] = (cost + period, pieces + 1, [*plan, Segment(start, tuple(kinds[start : start + period]), repeats)])
+                if kinds[end : end + period] != kinds[start : start + period]:
+                    break
+                repeats += 1
+    return best[count][2]
+
+
+# ------------------------------------------------------------------------------------------------ table of tensors
+
+
+def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
+    """The tensors of one layer of this kind, named relative to `blocks.i.`."""
+    d, h, heads, kv, f, experts = model.d_model, model.head_dim, model.num_heads, model.num_kv_heads, model.d_ff, model.moe.num_experts
+    residual = 1 / math.sqrt(2 * model.num_layers)  # GPT-2, section 2.3: the residual sum keeps its scale over depth
+
+    def matrix(name: str, shape: tuple[int, ...], axes: str, fan_in: int, scale: float = 1.0) -> Tensor:
+        return Tensor(name, shape, tuple(axes.split()), std=scale / math.sqrt(fan_in), decayed=True)
+
+    def norm(name: str, width: int, axis: str) -> Tensor:
+        return Tensor(name, (width,), (axis,), std=None, constant=1.0)
+
+    def feedforward(name: str, width: int, stack: tuple[int, ...] = (), axes: str = "") -> list[Tensor]:
+        return [
+            matrix(f"{name}.gate", (*stack, d, width), f"{axes} embed mlp", d),
+            matrix(f"{name}.up", (*stack, d, width), f"{axes} embed mlp", d),
+            matrix(f"{name}.down", (*stack, width, d), f"{axes} mlp embed", width, residual),
+        ]
+
+    table = [
+        norm("attention_norm.scale", d, "embed"),
+        matrix("attention.query", (d, heads, h), "embed heads head", d),
+        matrix("attention.key", (d, kv, h), "embed kv_heads head", d),
+        matrix("attention.value", (d, kv, h), "embed kv_heads head", d),
+        matrix("attention.output", (heads, h, d), "heads head embed", heads * h, residual),
+    ]
+    if model.qk_norm:
+        table += [norm("attention.query_norm.scale", h, "head"), norm("attention.key_norm.scale", h, "head")]
+    table.append(norm("feedforward_norm.scale", d, "embed"))
+    if kind.startswith("moe"):
+        table.append(matrix("moe.router", (d, experts), "embed expert", d))
+        table.append(Tensor("moe.bias", (experts,), ("expert",), std=None, trained=False))
+        table += feedforward("moe.experts", f, (experts,), "expert")
+        if model.moe.shared_experts:
+            table += feedforward("moe.shared", f * model.moe.shared_experts)
+    else:
+        table += feedforward("feedforward", f)
+    if kind.endswith("+mod"):
+        table.append(matrix("mod.router", (d,), "embed", d))
+        table.append(Tensor("mod.bias", (), (), std=None))
+    return table
+
+
+def tensor_table(model: ModelConfig) -> list[Tensor]:
+    """Every tensor of the model, in order from input to output."""
+    d, v = model.d_model, model.vocab_size
+    table = [Tensor("embedding.weight", (v, d), ("vocab", "embed"), std=model.embedding_std)]
+    for i, kind in enumerate(layer_kinds(model)):
+        table += [Tensor(f"blocks.{i}.{t.name}", *_rest(t)) for t in block_tensors(model, kind)]
+    table.append(Tensor("final_norm.scale", (d,), ("embed",), std=None, constant=1.0))
+    if not model.tie_embeddings:
+        table.append(Tensor("head.weight", (d, v), ("embed", "vocab"), std=1 / math.sqrt(d), decayed=True))
+    return table
+
+
+def _rest(t: Tensor) -> tuple:
+    return t.shape, t.axes, t.std, t.constant, t.decayed, t.trained
+
+
+# --------------------------------------------------------------------------------------------- parameters and FLOPs
+
+
+def capacity(tokens: int, fraction: float) -> int:
+    """Slots for `fraction` of `tokens`, rounded up, from 1 to `tokens`. Immune to 0.1 * 30 being above 3."""
+    return max(1, min(tokens, math.ceil(round(tokens * fraction, 6))))
+
+
+def expert_capacity(model: ModelConfig, tokens: int) -> int:
+    """C: slots that one expert has in a row of `tokens`."""
+    return capacity(tokens, model.moe.top_k * model.moe.capacity_factor / model.moe.num_experts)
+
+
+def use_of(tensor: Tensor, kind: str, model: ModelConfig, tokens: int) -> tuple[float, float]:
+    """The share of `tensor` that a token multiplies with: (the mean token, a token that no layer skips)."""
+    most = model.moe.top_k / model.moe.num_experts if ".experts." in tensor.name else 1.0
+    skippable = ".feedforward." in tensor.name or ".moe." in tensor.name
+    mean = capacity(tokens, model.mod.capacity) / tokens if skippable and kind.endswith("+mod") else 1.0
+    return most * mean, most
+
+
+class Counts(NamedTuple):
+    """Trained parameters, and floating-point operations a token."""
+
+    total: int
+    most_active: int  # of a token that no layer skips
+    mean_active: int  # of the average token
+    forward_flops: int  # a token; attention counted causally, Mixture-of-Depths at its capacity
+    training_flops: int  # a token; three times the forward pass, recomputation not counted
+
+
+def counts(config: Config) -> Counts:
+    """Count the model of `config` at its sequence length."""
+    model, tokens = config.model, config.data.sequence_length
+    kinds = layer_kinds(model)
+    total = most = mean = flops = 0.0
+    for tensor in tensor_table(model):
+        if not tensor.trained:
+            continue
+        kind = kinds[int(tensor.name.split(".")[1])] if tensor.name.startswith("blocks.") else ""
+        mean_use, most_use = use_of(tensor, kind, model, tokens)
+        total += tensor.size
+        most += tensor.size * most_use
+        mean += tensor.size * mean_use
+        if tensor.decayed:  # exactly the matrices; a multiplication and an addition each
+            flops += 2 * tensor.size * mean_use
+    if model.tie_embeddings:
+        flops += 2 * model.d_model * model.vocab_size
+    # Scores and weighted values over the (T + 1) / 2 keys that the mean query sees.
+    flops += model.num_layers * 2 * 2 * model.num_heads * model.head_dim * (tokens + 1) / 2
+    return Counts(round(total), round(most), round(mean), round(flops), 3 * round(flops))
+
+
+# ----------------------------------------------------------------------------------------------------------- memory
+
+
+class Memory(NamedTuple):
+    """Bytes that one optimizer step holds on a single device, by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+LOGIT_CHUNK = 512  # tokens whose logits the loss holds at once; measured: at 512 x 1024 they stay in a CPU's cache, twice as fast
+
+
+def memory(config: Config) -> Memory:
+    """Estimate the memory of a training step: float32 weights, gradients and AdamW moments, and a micro-batch's activations.
+
+    Activations are what the backward pass keeps of each layer (with remat only its input, plus one layer at a time).
+    """
+    model, tokens = config.model, config.data.sequence_length
+    rows = config.train.batch_size // config.train.micro_batches
+    weights = 4 * sum(t.size for t in tensor_table(model))
+    width = 2 if config.train.compute_dtype == "bfloat16" else 4
+    d, heads, kv, h, f = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff
+    attention = 3 * d + 3 * heads * h + 4 * kv * h  # residual, norm in and out; q twice (RoPE), values out; k twice, v
+    per_layer = []
+    for kind in layer_kinds(model):
+        share = capacity(tokens, model.mod.capacity) / tokens if kind.endswith("+mod") else 1.0
+        selected = round(tokens * share)
+        if kind.startswith("moe"):
+            slots = model.moe.num_experts * expert_capacity(model, selected) / selected
+            feedforward = slots * (2 * d + 4 * f) + model.moe.top_k * d
+            feedforward += model.moe.shared_experts * 4 * f
+        else:
+            feedforward = 4 * f + 2 * d
+        per_layer.append(rows * tokens * width * (attention + 2 * d + share * feedforward))
+    residual = rows * tokens * d * width
+    kept = sum(per_layer) if not config.train.remat else residual * model.num_layers + max(per_layer)
+    logits = min(rows * tokens, LOGIT_CHUNK) * model.vocab_size * 4
+    return Memory(weights, weights, 2 * weights, round(kept + 3 * residual + 3 * logits))

@@ -1,0 +1,38 @@
+"""The command line that both trainers share: --config, --workdir, and a flag for any field of the config."""
+
+import argparse
+from pathlib import Path
+
+from lumina.config import Config, load, override
+
+
+def parse(program: str, arguments: list[str]) -> tuple[Config, Path]:
+    """The validated config and the run directory (default: runs/ and the config's name).
+
+    Raises:
+        UsageError: an argument is unknown, or the config file does not exist.
+        ConfigError: a field is unknown, of the wrong type, or impossible.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m {program}",
+        description="Train a model; the same command resumes.",
+        epilog="Any field of the config is a flag: --config.train.steps=100 --config.model.moe.top_k=2",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT")
+    parser.add_argument("--workdir", type=Path, help="run directory (default: runs/NAME)")
+    known, rest = parser.parse_known_args(arguments)
+    config = override(load(known.config), _joined(rest))
+    name, _, variant = known.config.partition(":")
+    return config, known.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, variant]))
+
+
+def _joined(flags: list[str]) -> list[str]:
+    """`--config.a 1` as `--config.a=1`."""
+    joined: list[str] = []
+    for flag in flags:
+        if joined and "=" not in joined[-1] and not flag.startswith("--"):
+            joined[-1] += "=" + flag
+        else:
+            joined.append(flag)
+    return joined

@@ -1,0 +1,30 @@
+"""Numbers as a person reads them."""
+
+
+def si(value: float) -> str:
+    """Three significant digits with a decimal prefix: 21.5 K, 4.00 M, 1.59 T."""
+    for prefix in ("", " K", " M", " B", " T", " P", " E"):
+        if abs(value) < 999.5 or prefix == " E":
+            return f"{value:.3g}" if not prefix else f"{_three(value)}{prefix}"
+        value /= 1000
+    raise AssertionError
+
+
+def gib(count: float) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{_three(count / 2**30)} GiB"
+
+
+def duration(seconds: float) -> str:
+    """2:05, 1:02:03, 3 d 4 h."""
+    if seconds != seconds or seconds == float("inf"):
+        return "?"
+    whole = round(seconds)
+    if whole >= 86_400:
+        return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+    minutes = f"{whole // 60 % 60}:{whole % 60:02d}"
+    return f"{whole // 3600}:{minutes.zfill(5)}" if whole >= 3600 else minutes
+
+
+def _three(value: float) -> str:
+    return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f}"

@@ -1,0 +1,1 @@
+"""The trainer, in JAX and Flax. Imports lumina, never torch."""

@@ -1,0 +1,116 @@
+"""Grouped-query attention with rotary positions, causal within a document.
+
+B rows, T query positions, S key positions, D model width, H query heads, K key/value heads, G = H / K, h head width.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from lumina.config import ModelConfig
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer, already rotated, for positions 0 to S - 1."""
+
+    keys: jax.Array  # [B, S, K, h]
+    values: jax.Array  # [B, S, K, h]
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """x in float32, or in float64 when it already is: what needs precision, and what keeps float64 a true oracle."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, scale: nnx.Param, eps: float):
+        self.scale = scale
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = at_least_float32(x)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * self.scale.astype(wide.dtype)).astype(x.dtype)
+
+
+def rotary(x_BTNh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+    """Rotate the two halves of each head by angles position * theta^(-2i/h), computed in float32 (RoFormer, section 3.4)."""
+    half = x_BTNh.shape[-1] // 2
+    wide = jnp.promote_types(x_BTNh.dtype, jnp.float32)
+    frequencies = theta ** (-jnp.arange(half, dtype=wide) / half)
+    angles = positions_BT[:, :, None, None].astype(wide) * frequencies
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BTNh.astype(wide), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNh.dtype)
+
+
+def attend_reference(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offset=0):
+    """Query t, at index offset + t, sees the keys at or before its index that are in its segment. Softmax in float32.
+
+    Returns [B, T, H, h] in q's dtype.
+    """
+    B, T, H, h = q_BTHh.shape
+    S, K = k_BSKh.shape[1:3]
+    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
+    scores_BKGTS = at_least_float32(jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh)) / math.sqrt(h)
+    causal_TS = offset + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
+    visible_BTS = causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
+    weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKh.dtype), v_BSKh).reshape(B, T, H, h)
+
+
+def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT):
+    """`attend_reference` of a whole row, in chunks of queries, each against only the keys that it may see.
+
+    Up to 16 chunks; each recomputes its scores in the backward pass, so that no [T, T] array outlives it.
+    """
+    T = q_BTHh.shape[1]
+    chunk = max(128, -(-T // 16))
+    if chunk >= T:
+        return attend_reference(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
+    piece = jax.checkpoint(attend_reference, static_argnums=(5,))
+    return jnp.concatenate(
+        [
+            piece(q_BTHh[:, a:b], k_BTKh[:, :b], v_BTKh[:, :b], segments_BT[:, a:b], segments_BT[:, :b], a)
+            for a, b in ((a, min(a + chunk, T)) for a in range(0, T, chunk))
+        ],
+        axis=1,
+    )
+
+
+class Attention(nnx.Module):
+    """Queries, keys and values without bias; optional RMSNorm on each query and key head."""
+
+    def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Param]):
+        self.query, self.key, self.value, self.output = (param(f"attention.{n}") for n in ("query", "key", "value", "output"))
+        self.rope_theta = model.rope_theta
+        if model.qk_norm:
+            self.query_norm = RMSNorm(param("attention.query_norm.scale"), model.norm_eps)
+            self.key_norm = RMSNorm(param("attention.key_norm.scale"), model.norm_eps)
+
+    def __call__(self, x_BTD, segments_BT, positions_BT, cache: Cache | None = None, start=0):
+        """Returns ([B, T, D], cache). With a cache, x is written at indices start to start + T - 1 and attends to all before."""
+        dtype = x_BTD.dtype
+        q_BTHh = jnp.einsum("btd,dnh->btnh", x_BTD, self.query.astype(dtype))
+        k_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.key.astype(dtype))
+        v_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.value.astype(dtype))
+        if hasattr(self, "query_norm"):
+            q_BTHh, k_BTKh = self.query_norm(q_BTHh), self.key_norm(k_BTKh)
+        q_BTHh = rotary(q_BTHh, positions_BT, self.rope_theta)
+        k_BTKh = rotary(k_BTKh, positions_BT, self.rope_theta)
+        with jax.named_scope("attend"):
+            if cache is None:
+                mixed_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+            else:
+                keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKh.astype(cache.keys.dtype), start, axis=1)
+                values = jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKh.astype(cache.values.dtype), start, axis=1)
+                cache = Cache(keys, values)
+                one_document = jnp.zeros(keys.shape[:2], jnp.int32)  # generation never leaves its document
+                mixed_BTHh = attend_reference(q_BTHh, keys, values, jnp.zeros_like(segments_BT), one_document, start)
+        return jnp.einsum("btnh,nhd->btd", mixed_BTHh, self.output.astype(dtype)), cache

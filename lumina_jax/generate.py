@@ -1,0 +1,183 @@
+"""Generation with a key/value cache: prefill once, then a token at a time.
+
+B rows (one here), T positions, S length of the cache, D model width, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lumina.config import Config
+from lumina.errors import UsageError
+from lumina.tokenizer import StreamDecoder, Tokenizer
+from lumina_jax.model import Variables, make_caches, merge
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from the logits."""
+
+    temperature: float = 0.8  # 0 takes the most likely token
+    top_k: int = 0  # keep the k most likely; 0 keeps all
+    top_p: float = 1.0  # keep the most likely until their probability reaches this
+    min_p: float = 0.0  # keep those at least this share as likely as the most likely
+    repetition_penalty: float = 1.0  # divide (or multiply, where negative) the logits of tokens in the context
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, holds, right in (
+            ("temperature", self.temperature >= 0, "must be at least 0"),
+            ("top_k", self.top_k >= 0, "must be at least 0; 0 keeps all"),
+            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is off"),
+        ):
+            if not holds:
+                raise UsageError(f"{name} = {getattr(self, name)}: {right}")
+
+
+class Knobs(NamedTuple):
+    """Sampling as traced numbers: turning one compiles nothing."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+
+
+def filter_logits(logits_V, seen_V, allowed_V, knobs: Knobs):
+    """Logits after repetition penalty (CTRL, section 4.1), temperature, top-k, top-p and min-p; what is out is -inf.
+
+    The most likely token always stays. With temperature 0 the order is all that counts.
+    """
+    penalised_V = jnp.where(logits_V > 0, logits_V / knobs.repetition_penalty, logits_V * knobs.repetition_penalty)
+    logits_V = jnp.where(allowed_V, jnp.where(seen_V, penalised_V, logits_V), -jnp.inf)
+    logits_V = logits_V / jnp.where(knobs.temperature > 0, knobs.temperature, 1.0)
+    order_V = jnp.argsort(-logits_V, stable=True)
+    sorted_V = jax.nn.softmax(logits_V[order_V])
+    rank_V = jnp.arange(logits_V.shape[0])
+    keep_V = (knobs.top_k == 0) | (rank_V < knobs.top_k)
+    kept_V = jnp.where(keep_V, sorted_V, 0)
+    kept_V = kept_V / jnp.sum(kept_V)
+    keep_V &= jnp.cumsum(kept_V) - kept_V < knobs.top_p
+    keep_V &= sorted_V >= knobs.min_p * sorted_V[0]
+    keep_V = keep_V.at[0].set(True)
+    return jnp.where(jnp.zeros_like(keep_V).at[order_V].set(keep_V), logits_V, -jnp.inf)
+
+
+def bucket(length: int, least: int = 16) -> int:
+    """The next power of two: few lengths are compiled."""
+    return max(least, 1 << (length - 1).bit_length())
+
+
+class Generator:
+    """Holds a model and its compiled prefill and decode."""
+
+    def __init__(self, config: Config, graphdef: nnx.GraphDef, variables: Variables, tokenizer: Tokenizer):
+        self.config, self.variables, self.tokenizer = config, variables, tokenizer
+        self.context = config.data.sequence_length
+        self.dtype = jnp.dtype(config.train.compute_dtype)
+        self.end = tokenizer.control["<|document_end|>"]
+        allowed = np.zeros(config.model.vocab_size, bool)
+        allowed[: tokenizer.vocab_size] = True
+        allowed[list(tokenizer.control.values())] = False
+        allowed[self.end] = True
+        allowed_V = jnp.asarray(allowed)
+
+        def forward(variables, tokens_1T, caches, start, last):
+            model = merge(graphdef, variables)
+            T = tokens_1T.shape[1]
+            positions = start + jnp.arange(T)[None]
+            same_document = jnp.zeros((1, T), jnp.int32)
+            hidden, _, caches = model(tokens_1T, same_document, positions, dtype=self.dtype, caches=caches, start=start)
+            return (hidden[0, last] @ model.head_DV(self.dtype)).astype(jnp.float32), caches
+
+        def draw(logits_V, seen_V, knobs, key):
+            kept_V = filter_logits(logits_V, seen_V, allowed_V, knobs)
+            drawn = jax.random.categorical(key, kept_V)
+            token = jnp.where(knobs.temperature > 0, drawn, jnp.argmax(kept_V)).astype(jnp.int32)
+            return token, seen_V.at[token].set(True)
+
+        def prefill(variables, tokens_1T, length, caches, seen_V, knobs, key):
+            logits_V, caches = forward(variables, tokens_1T, caches, 0, length - 1)
+            token, seen_V = draw(logits_V, seen_V, knobs, jax.random.fold_in(key, length))
+            return token, caches, seen_V
+
+        def decode(variables, token, index, caches, seen_V, knobs, key):
+            logits_V, caches = forward(variables, token[None, None], caches, index, 0)
+            token, seen_V = draw(logits_V, seen_V, knobs, jax.random.fold_in(key, index + 1))
+            return token, caches, seen_V
+
+        self._prefill = jax.jit(prefill, donate_argnames=("caches", "seen_V"))
+        self._decode = jax.jit(decode, donate_argnames=("caches", "seen_V"))
+
+    def tokens(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """Yield up to `max_tokens` ids that follow `prompt`, the document end, if it comes, as the last one.
+
+        An empty prompt begins a new document: its first token is drawn after a document end, which later tokens do not see,
+        as in training. Raises UsageError when prompt and new tokens exceed the sequence length the model was trained on.
+        """
+        if len(prompt) + max_tokens > self.context:
+            raise UsageError(
+                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the {self.context} positions the model was trained "
+                f"on; at most {max(0, self.context - len(prompt))} new ones fit"
+            )
+        if max_tokens < 1:
+            return
+        key = jax.random.key(sampling.seed)
+        knobs = Knobs(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+        if not prompt:
+            first, _, _ = self._start([self.end], 16, knobs, key)
+            yield int(first)
+            if int(first) == self.end or max_tokens == 1:
+                return
+            prompt, max_tokens = [int(first)], max_tokens - 1
+        token, caches, seen_V = self._start(prompt, bucket(len(prompt) + max_tokens), knobs, key)
+        for index in range(len(prompt), len(prompt) + max_tokens):
+            yield int(token)
+            if int(token) == self.end or index == len(prompt) + max_tokens - 1:
+                return
+            token, caches, seen_V = self._decode(self.variables, token, index, caches, seen_V, knobs, key)
+
+    def _start(self, prompt: Sequence[int], cache_length: int, knobs: Knobs, key: jax.Array):
+        T = bucket(len(prompt))
+        tokens_1T = np.full((1, T), self.end, np.int32)  # what follows the prompt is overwritten before it can be seen
+        tokens_1T[0, : len(prompt)] = prompt
+        seen_V = np.zeros(self.config.model.vocab_size, bool)
+        seen_V[list(prompt)] = True
+        caches = make_caches(self.config.model, 1, max(cache_length, T), self.dtype)
+        return self._prefill(self.variables, tokens_1T, len(prompt), caches, jnp.asarray(seen_V), knobs, key)
+
+    def text(self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[str]:
+        """Yield the continuation of `prompt` in whole characters, ending before the first of the `stop` strings."""
+        decoder = StreamDecoder(self.tokenizer)
+        held = ""  # text that may be the beginning of a stop string
+        for token in self.tokens(self.tokenizer.encode(prompt), max_tokens, sampling):
+            if token == self.end:
+                break
+            held += decoder.feed(token)
+            cut, safe = _find_stop(held, stop)
+            if cut is not None:
+                yield held[:cut]
+                return
+            if safe:
+                yield held[:safe]
+                held = held[safe:]
+        held += decoder.flush()
+        cut, _ = _find_stop(held, stop)
+        yield held[:cut]
+
+
+def _find_stop(text: str, stop: Sequence[str]) -> tuple[int | None, int]:
+    """Where the first stop string begins, if one is there, and up to where the text can no longer belong to one."""
+    found = [text.find(s) for s in stop if s in text]
+    if found:
+        return min(found), min(found)
+    pending = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
+    return None, len(text) - max(pending, default=0)

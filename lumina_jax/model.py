@@ -1,0 +1,210 @@
+"""The transformer: embedding, segments of scanned layers, final norm, head.
+
+B rows, T positions, D model width, V vocabulary, L layers, R repeats of a segment.
+"""
+
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lumina.architecture import Segment, Tensor, layer_kinds, layer_plan, tensor_table
+from lumina.config import ModelConfig
+from lumina_jax.attention import Attention, Cache, RMSNorm
+from lumina_jax.feedforward import FeedForward
+from lumina_jax.mod import MoD
+from lumina_jax.moe import MoE, RouterBias
+
+Metrics = dict[str, dict[str, Any]]  # "moe" and "mod" -> name -> array with a leading axis over the layers that have it
+
+
+class Variables(NamedTuple):
+    """The arrays of a model, as pure pytrees."""
+
+    params: nnx.State  # trained
+    biases: nnx.State  # router biases: state, not trained
+
+
+class Block(nnx.Module):
+    """x = x + attention(norm(x)); x = x + feedforward(norm(x)), the feed-forward dense or MoE, with MoD around it or not."""
+
+    def __init__(self, model: ModelConfig, kind: str, param: Callable[[str], nnx.Variable]):
+        self.attention_norm = RMSNorm(param("attention_norm.scale"), model.norm_eps)
+        self.attention = Attention(model, param)
+        self.feedforward_norm = RMSNorm(param("feedforward_norm.scale"), model.norm_eps)
+        if kind.startswith("moe"):
+            self.moe = MoE(model, param)
+        else:
+            self.feedforward = FeedForward("feedforward", model.activation, param)
+        if kind.endswith("+mod"):
+            self.mod = MoD(model, param)
+        self.dropout = model.dropout
+
+    def __call__(self, x_BTD, segments_BT, positions_BT, training: bool, key=None, cache: Cache | None = None, start=0):
+        """Returns ([B, T, D], metrics, cache)."""
+        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        with jax.named_scope("attention"):
+            mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), segments_BT, positions_BT, cache, start)
+            x_BTD = x_BTD + self._drop(mixed_BTD, training, keys[0])
+
+        def feedforward(z):
+            return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (self.feedforward(z), {})
+
+        metrics: Metrics = {}
+        with jax.named_scope("feedforward"):
+            z_BTD = self.feedforward_norm(x_BTD)
+            if hasattr(self, "mod"):
+                out_BTD, moe_metrics, metrics["mod"] = self.mod(z_BTD, feedforward, training)
+            else:
+                out_BTD, moe_metrics = feedforward(z_BTD)
+            if moe_metrics:
+                metrics["moe"] = moe_metrics
+            x_BTD = x_BTD + self._drop(out_BTD, training, keys[2])
+        return x_BTD, metrics, cache
+
+    def _drop(self, x, training: bool, key):
+        if not (training and self.dropout and key is not None):
+            return x
+        return jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
+
+
+class Transformer(nnx.Module):
+    """Holds the parameters; each segment's are stacked over its repeats and scanned."""
+
+    def __init__(self, model: ModelConfig, make: Callable[[list[Tensor]], nnx.Variable]):
+        """`make` turns the table's rows of one tensor, a row for each repeat, into a variable; see `create`."""
+        table = {tensor.name: tensor for tensor in tensor_table(model)}
+
+        def block(segment: Segment, position: int) -> Block:
+            def param(name: str) -> nnx.Variable:
+                return make([table[f"blocks.{i}.{name}"] for i in segment.layers(position)])
+
+            return Block(model, segment.kinds[position], param)
+
+        self.plan = tuple(layer_plan(layer_kinds(model)))
+        self.embedding = make([table["embedding.weight"]])
+        self.segments = nnx.List([nnx.List([block(s, p) for p in range(len(s.kinds))]) for s in self.plan])
+        self.final_norm = RMSNorm(make([table["final_norm.scale"]]), model.norm_eps)
+        if not model.tie_embeddings:
+            self.head = make([table["head.weight"]])
+        self.model = model
+
+    def __call__(
+        self, inputs_BT, segments_BT, positions_BT, *, dtype, training=False, remat=False, key=None, caches=None, start=0
+    ):
+        """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
+
+        Args:
+            inputs_BT, segments_BT, positions_BT: token ids, documents and positions within them, int32.
+            dtype: of activations and of the parameters as they are used.
+            training: MoE drops beyond its capacity, MoD selects the top of each row, dropout and jitter apply if `key` is given.
+            remat: recompute each period of layers in the backward pass.
+            caches: from `make_caches`; the tokens then take indices start to start + T - 1.
+        """
+        x_BTD = self.embedding.astype(dtype).at[inputs_BT].get(mode="clip")  # ids are checked where rows are made
+        if self.model.scale_embeddings:
+            x_BTD = x_BTD * jnp.sqrt(self.model.d_model).astype(dtype)
+        keys = jax.random.split(key, self.model.num_layers) if key is not None else None
+        collected, new_caches = [], []
+        for number, (segment, stacked) in enumerate(zip(self.plan, self.segments, strict=True)):
+            R, period = segment.repeats, len(segment.kinds)
+            layers = slice(segment.start, segment.start + R * period)
+            keys_Rp = keys[layers].reshape(R, period) if keys is not None else None
+
+            def repeat(x, xs):
+                blocks, keys_p, caches_p = xs
+                metrics, caches_out = [], []
+                for p, block in enumerate(blocks):
+                    k = keys_p[p] if keys_p is not None else None
+                    c = caches_p[p] if caches_p is not None else None
+                    x, m, c = block(x, segments_BT, positions_BT, training, k, c, start)
+                    metrics.append(m)
+                    caches_out.append(c)
+                return x, (metrics, caches_out)
+
+            body = jax.checkpoint(repeat) if remat else repeat
+            xs = (list(stacked), keys_Rp, caches[number] if caches is not None else None)
+            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)
+            collected += [(segment.layers(p), metrics[p]) for p in range(period)]
+            new_caches.append(caches_out)
+        return self.final_norm(x_BTD), _in_layer_order(collected), (new_caches if caches is not None else None)
+
+    def head_DV(self, dtype) -> jax.Array:
+        """The output projection [D, V]."""
+        return (self.embedding[...].T if self.model.tie_embeddings else self.head[...]).astype(dtype)
+
+
+def _in_layer_order(collected: list[tuple[range, Metrics]]) -> Metrics:
+    """Join the segments' stacked metrics into one array a name, in the order of the layers."""
+    joined: Metrics = {}
+    for group in ("moe", "mod"):
+        parts = [(layers, metrics[group]) for layers, metrics in collected if group in metrics]
+        if parts:
+            order = np.argsort(np.concatenate([list(layers) for layers, _ in parts]))
+            joined[group] = jax.tree.map(lambda *a: jnp.concatenate(a)[order], *[metrics for _, metrics in parts])
+    return joined
+
+
+def make_caches(model: ModelConfig, batch: int, length: int, dtype) -> list:
+    """Empty key/value caches for `length` positions, shaped as the segments are scanned."""
+
+    def zeros(R: int) -> jax.Array:
+        return jnp.zeros((R, batch, length, model.num_kv_heads, model.head_dim), dtype)
+
+    return [[Cache(zeros(s.repeats), zeros(s.repeats)) for _ in s.kinds] for s in layer_plan(layer_kinds(model))]
+
+
+def create(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Variables]:
+    """Initialise. A tensor's values depend on the seed and its canonical name, not on how layers are grouped."""
+    key = jax.random.key(seed)
+
+    def initial(tensor: Tensor) -> jax.Array:
+        if tensor.std is None:
+            return jnp.full(tensor.shape, tensor.constant, jnp.float32)
+        return tensor.std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(tensor.name.encode())), tensor.shape)
+
+    def make(rows: list[Tensor]) -> nnx.Variable:
+        values = [initial(tensor) for tensor in rows]
+        value = jnp.stack(values) if rows[0].name.startswith("blocks.") else values[0]
+        return nnx.Param(value) if rows[0].trained else RouterBias(value)
+
+    graphdef, params, biases = nnx.split(Transformer(model, make), nnx.Param, RouterBias)
+    return graphdef, Variables(params, biases)
+
+
+def merge(graphdef: nnx.GraphDef, variables: Variables) -> Transformer:
+    """The callable model around these arrays."""
+    return nnx.merge(graphdef, variables.params, variables.biases)
+
+
+def canonical_names(plan: list[Segment], path: Any) -> list[str]:
+    """The names of the tensors in the leaf at `path` of a params-shaped tree: one, or one for each repeat it stacks."""
+    keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey | jax.tree_util.SequenceKey)]
+    if keys[0] != "segments":
+        return [keys[0] + ".weight" if len(keys) == 1 else ".".join(keys)]
+    return [f"blocks.{i}.{'.'.join(keys[3:])}" for i in plan[int(keys[1])].layers(int(keys[2]))]
+
+
+def by_canonical_name(model: ModelConfig, tree: nnx.State) -> dict[str, jax.Array]:
+    """The arrays of a params-shaped (or biases-shaped) tree under their canonical names, a layer at a time."""
+    plan = layer_plan(layer_kinds(model))
+    named = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        names = canonical_names(plan, path)
+        named.update(zip(names, leaf if names[0].startswith("blocks.") else [leaf], strict=True))
+    return {t.name: named[t.name] for t in tensor_table(model) if t.name in named}
+
+
+def from_canonical_names(model: ModelConfig, like: nnx.State, named: dict[str, Any]) -> nnx.State:
+    """The inverse of `by_canonical_name`: a tree shaped as `like`."""
+    plan = layer_plan(layer_kinds(model))
+
+    def leaf(path: Any, _: Any) -> jax.Array:
+        names = canonical_names(plan, path)
+        return jnp.stack([named[n] for n in names]) if names[0].startswith("blocks.") else jnp.asarray(named[names[0]])
+
+    return jax.tree_util.tree_map_with_path(leaf, like)
