@@ -9,8 +9,6 @@ VENV := .venv
 BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 LOCKED := pyproject.toml requirements.lock
-# Before the packages themselves exist, mypy and ruff check what there is.
-MYPY_DIRECTORIES := $(wildcard lumina lumina_jax lumina_torch)
 
 .PHONY: help setup setup-dev train test check format bench lock hooks clean
 .NOTPARALLEL:
@@ -55,12 +53,16 @@ clean: ## remove caches and builds; keeps .venv and runs/
 
 # A stamp is written after its step has finished, so that an interrupted one is done again.
 $(VENV)/.made:
-	@for candidate in $(PYTHON); do \
-	    if $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null; then \
+	@for candidate in $(BIN) $(PYTHON); do \
+	    $$candidate -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2> /dev/null || continue; \
+	    if [ $$candidate = $(BIN) ]; then \
+	        $(BIN) -m pip --version > /dev/null 2>&1 || continue; \
+	        echo "Using the $(VENV) that is here, $$($(BIN) --version)."; \
+	    else \
 	        echo "Making $(VENV) with $$($$candidate --version) ($$candidate)."; \
-	        $$candidate -m venv $(VENV) && $(BIN) -m pip --version > /dev/null && touch $@ && exit 0; \
-	        echo "error: $(VENV) could not be made with $$candidate (see above); if it was there before, remove it" >&2; exit 1; \
+	        $$candidate -m venv $(VENV) && $(BIN) -m pip --version > /dev/null || exit 1; \
 	    fi; \
+	    touch $@; exit 0; \
 	done; \
 	echo "error: Lumina needs Python 3.11, 3.12 or 3.13, and none of these is one: $(PYTHON)." \
 	    "Name one: make setup PYTHON=/path/to/python3.12" >&2; exit 1
@@ -75,6 +77,6 @@ $(VENV)/.dev: $(LOCKED) | $(VENV)/.made
 	@$(PIP) --editable '.[dev,torch]'
 	@touch $(VENV)/.core $@
 
-build/uv/bin/uv:
-	$(PYTHON) -m venv build/uv
+build/uv/bin/uv: | $(VENV)/.made
+	$(BIN) -m venv build/uv
 	build/uv/bin/python -m pip --disable-pip-version-check install --quiet uv

@@ -316,8 +316,24 @@ def save(config: Config, path: str | Path) -> None:
 
 
 def presets() -> list[str]:
-    """Names that `load` takes, from the files in `configs/`."""
-    return sorted(path.stem for path in PRESET_DIRECTORY.glob("*.py") if not path.stem.startswith("_"))
+    """Names that `load` takes: auto, and the files in `configs/`."""
+    return ["auto"] + sorted(path.stem for path in PRESET_DIRECTORY.glob("*.py") if not path.stem.startswith("_"))
+
+
+def as_variant(config: Config, variant: str) -> Config:
+    """`config`, a hybrid, with its Mixture-of-Experts, its Mixture-of-Depths or both taken out, in place.
+
+    Without experts a layer has one feed-forward as wide as the experts that a token took, so active parameters stay equal.
+    """
+    model = config.model
+    if variant in ("moe", "mod", "hybrid") and model.moe.pattern == model.mod.pattern == "none":
+        raise ConfigError(f"variant {variant}: this is a dense family; set model.moe.pattern and model.mod.pattern instead")
+    if variant in ("dense", "mod"):
+        model.d_ff *= model.moe.top_k + model.moe.shared_experts
+        model.moe.pattern = "none"
+    if variant in ("dense", "moe"):
+        model.mod.pattern = "none"
+    return config
 
 
 def load(spec: str) -> Config:
@@ -331,12 +347,16 @@ def load(spec: str) -> Config:
         ConfigError: it does not hold a valid config.
     """
     name, _, variant = spec.partition(":")
+    if name == "auto":
+        from lumina.auto import choose
+
+        return choose()
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise UsageError(f"{name}: not a run directory, it has no config.json")
-    elif not path.is_file() and name in presets():
+    elif not path.is_file() and name in presets()[1:]:
         path = PRESET_DIRECTORY / f"{name}.py"
     if not path.is_file():
         raise UsageError(f"{name}: no such config file, run directory or preset{_nearest(name, presets())}; presets: {' '.join(presets())}")

@@ -295,6 +295,8 @@ class _SentencePiece(_Tokenizer):
     def __init__(self, name: str, content: bytes):
         sentencepiece = _optional("sentencepiece", name)
         try:
+            if not content:  # the library takes no bytes for no model yet
+                raise ValueError("empty")
             self._model = model = sentencepiece.SentencePieceProcessor(model_proto=content)
             size = model.vocab_size()
         except (RuntimeError, ValueError) as error:
@@ -319,6 +321,8 @@ class _SentencePiece(_Tokenizer):
 
 class _HuggingFace(_Tokenizer):
     """Ids are the library's own, for files whose tokens have bytes of their own: ByteLevel, Metaspace, byte fallback.
+
+    Lossless as far as the file is: a normaliser loses what it replaces, and Metaspace the first space of a text.
 
     Special tokens of the file are never produced. The library finds them in ordinary text, and a Unigram model does even when
     they are not declared, so it gets them under unguessable names. Added tokens that are not special are text, and stay so.

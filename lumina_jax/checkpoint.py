@@ -15,10 +15,13 @@ from lumina_jax.step import TrainState
 class Checkpoints:
     """The newest states of a run, and apart from them the best one."""
 
-    def __init__(self, run: RunDirectory, config: CheckpointConfig):
+    def __init__(self, run: RunDirectory, config: CheckpointConfig, create: bool = True):
         def open_at(path: Path, keep: int) -> ocp.CheckpointManager:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-            return ocp.CheckpointManager(path.absolute(), options=options)
+            if not create and not path.is_dir():
+                raise CheckpointError(f"{path}: no checkpoints; train the run with `python -m lumina_jax.train`")
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=create)
+            handlers = {"state": ocp.StandardCheckpointHandler(), "progress": ocp.JsonCheckpointHandler()}
+            return ocp.CheckpointManager(path.absolute(), options=options, item_handlers=handlers)
 
         self._newest = open_at(run.checkpoints, config.keep)
         self._best = open_at(run.best, 1)
@@ -64,7 +67,7 @@ def _arguments(state: TrainState, progress: dict[str, Any]) -> ocp.args.Composit
 def _restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
     step = manager.latest_step()
     if step is None:
-        raise CheckpointError(f"{manager.directory.parent}: no finished checkpoint; train it with `python -m lumina_jax.train`")
+        raise CheckpointError(f"{manager.directory}: no finished checkpoint; train the run with `python -m lumina_jax.train`")
     _check_fits(manager, step, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
     restored = manager.restore(step, args=args)

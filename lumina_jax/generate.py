@@ -5,6 +5,7 @@ B rows (one here), T positions, S length of the cache, D model width, V vocabula
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lumina.config import Config
+from lumina.config import Config, load
 from lumina.errors import UsageError
-from lumina.tokenizer import StreamDecoder, Tokenizer
+from lumina.runs.directory import RunDirectory
+from lumina.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from lumina_jax.model import Variables, make_caches, merge
+from lumina_jax.step import state_shapes
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,23 @@ class Generator:
         held += decoder.flush()
         cut, _ = _find_stop(held, stop)
         yield held[:cut]
+
+
+def load_generator(run_directory: Path, best: bool = False) -> Generator:
+    """The newest (or best) checkpoint of a run, ready to generate; needs no data.
+
+    Raises:
+        UsageError: not a run directory. CheckpointError: it has no finished checkpoint, or one of another shape.
+    """
+    from lumina_jax.checkpoint import Checkpoints  # orbax takes a second to import
+
+    run = RunDirectory(run_directory)
+    config = load(str(run_directory))
+    shapes, graphdef = state_shapes(config)
+    checkpoints = Checkpoints(run, config.checkpoint, create=False)
+    state, _ = checkpoints.restore_best(shapes) if best else checkpoints.restore(shapes)
+    checkpoints.close()
+    return Generator(config, graphdef, state.variables, load_tokenizer(str(run.tokenizer)))
 
 
 def _find_stop(text: str, stop: Sequence[str]) -> tuple[int | None, int]:

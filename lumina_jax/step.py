@@ -43,9 +43,21 @@ def controls(config: Config) -> Controls:
 
 
 def init_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
-    """A fresh state; may be traced, so that arrays are made where they will live."""
+    """The graph definition and a fresh state, which may be traced."""
     graphdef, variables = create(config.model, config.train.seed)
     return graphdef, TrainState(jnp.zeros((), jnp.int32), variables, make_optimizer(config).init(variables.params))
+
+
+def state_shapes(config: Config) -> tuple[TrainState, nnx.GraphDef]:
+    """The state as shapes and dtypes, nothing computed, and the graph definition."""
+    graphdefs = []
+
+    def state() -> TrainState:
+        graphdef, fresh = init_state(config)
+        graphdefs.append(graphdef)
+        return fresh
+
+    return jax.eval_shape(state), graphdefs[0]
 
 
 def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:

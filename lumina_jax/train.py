@@ -30,7 +30,7 @@ from lumina_jax.checkpoint import Checkpoints
 from lumina_jax.device import describe, matmul_peak
 from lumina_jax.evaluate import compressors, evaluate
 from lumina_jax.generate import Generator, Sampling
-from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step
+from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step, state_shapes
 
 SAMPLES = 3  # continuations printed at the end
 
@@ -53,7 +53,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
     token_bytes = corpus.tokenizer.token_bytes()
 
     # ------------------------------------------------------------------------------- the model, new or where it stopped
-    shapes, graphdef = _shapes(config)
+    shapes, graphdef = state_shapes(config)
     checkpoints = Checkpoints(run, config.checkpoint)
     if checkpoints.latest_step is None:
         run.begin(config, corpus.manifest | {"fingerprint": corpus.fingerprint}, corpus.tokenizer)
@@ -184,18 +184,6 @@ def _routing(metrics: dict[str, Any]) -> dict[str, list]:
                 name, values = "load", values / values.sum(axis=-1, keepdims=True)
             flat[f"{group}_{name}"] = values.tolist()
     return flat
-
-
-def _shapes(config: Config) -> tuple[TrainState, Any]:
-    """The state as shapes and dtypes, without computing it, and the graph definition."""
-    kept = []
-
-    def state() -> TrainState:
-        graphdef, fresh = init_state(config)
-        kept.append(graphdef)
-        return fresh
-
-    return jax.eval_shape(state), kept[0]
 
 
 def _opening(config: Config, run: RunDirectory, corpus: Corpus, batches: Batches, held_out_rows: int, start: int, peak: float) -> str:

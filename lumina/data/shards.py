@@ -86,8 +86,11 @@ class ShardWriter:
         if self._writer is None:
             return
         path = self._path()
-        self._writer.close()
-        # close() is silent about a full disk: ask a reader what has arrived.
+        try:
+            self._writer.close()
+        except RuntimeError as error:
+            raise self._refusal(error) from error
+        # close() after a failed write is silent: ask a reader what has arrived.
         if _open_reader(path).num_records() != self._records:
             raise self._refusal("not all records were written")
         with open(path, "rb") as file:
@@ -96,7 +99,7 @@ class ShardWriter:
         self._writer, self._records = None, 0
 
     def _refusal(self, why: object) -> UsageError:
-        return UsageError(f"{self._path()}: cannot be written ({why}); free disk space, or set data.cache_dir or LUMINA_CACHE")
+        return UsageError(f"{self._path()}: cannot be written ({str(why).partition(";")[0]}); free disk space, or set data.cache_dir or LUMINA_CACHE")
 
 
 def _open_reader(path: Path) -> Any:

@@ -239,7 +239,7 @@ class _JsonLines:
             if name in record:
                 text = record[name]
                 return (text, "") if isinstance(text, str) else ("", f"{name} not a string")
-        return "", f"no field {' or '.join(self.fields)}"
+        return "", "no text field" if self.fields is TEXT_FIELDS else f"no field {self.fields[0]}"
 
 
 class _Synthetic:

@@ -8,8 +8,9 @@ from typing import Any
 from lumina.config import Config, from_dict, save, to_dict
 from lumina.errors import ConfigError, DataError, UsageError
 
-# Fields that may differ when a run goes on: none of them changes a number that an earlier step has produced.
-MAY_CHANGE = ("train.steps", "train.eval_", "train.early_stopping", "checkpoint.", "monitor.", "data.cache_dir")
+# Fields that may differ when a run goes on: they change no number that an earlier step has produced, and no later one but by
+# rounding.
+MAY_CHANGE = ("train.steps", "train.micro_batches", "train.eval_", "train.early_stopping", "checkpoint.", "monitor.", "data.cache_dir")
 
 
 class RunDirectory:

@@ -1,0 +1,39 @@
+"""b100: a hybrid of Mixture-of-Experts and Mixture-of-Depths, 8 experts, top-1, in every layer.
+
+    python -m lumina_jax.train --config configs/b100.py --workdir runs/b100
+
+Parameters: 99.9 B mean active, 124 B most active, 801 B total.
+Memory, 1 row at a time: weights 2982 GiB, gradients 2982 GiB, optimizer 5964 GiB, activations 476 GiB.
+Steps: about 20 tokens a mean active parameter, 2.00 T in all. Give it as much text with --config.data.source.
+Expected result: not measured.
+"""
+
+from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+
+
+def get_config(variant: str = "") -> Config:
+    """The preset, or its variant dense, moe or mod."""
+    model = ModelConfig(
+        vocab_size=100_352,
+        d_model=12288,
+        num_layers=80,
+        num_heads=96,
+        num_kv_heads=8,
+        head_dim=128,
+        d_ff=32768,
+        rope_theta=10_000_000.0,
+        moe=MoEConfig(pattern="all", num_experts=8, top_k=1),
+        mod=MoDConfig(pattern="all", capacity=0.75),
+    )
+    data = DataConfig(tokenizer="cl100k_base", sequence_length=200_000)
+    optim = OptimConfig(learning_rate=0.00012, warmup_steps=2000)
+    train = TrainConfig(
+        steps=156_000,
+        batch_size=64,
+        micro_batches=64,
+        compute_dtype="bfloat16",
+        remat=True,
+        eval_every=1000,
+        eval_rows=20,
+    )
+    return as_variant(Config(model, data, optim, train, CheckpointConfig(every=1000)), variant)

@@ -1,0 +1,109 @@
+"""The `lumina` command. Each subcommand imports what it needs when it runs, so that --help answers at once."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lumina.errors import UsageError, exit_with
+
+
+def main() -> None:
+    """Entry point of `lumina`."""
+    exit_with(lambda: run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> None:
+    """Parse and run one subcommand."""
+    parser = argparse.ArgumentParser(
+        prog="lumina", description="Sparse language models: train with `python -m lumina_jax.train`, and everything else here.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    params = commands.add_parser("params", help="parameters, FLOPs and memory of configs, side by side", allow_abbrev=False)
+    params.add_argument("configs", nargs="+", metavar="CONFIG", help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT")
+    params.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    params.set_defaults(run=_params)
+
+    sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
+    sample.add_argument("run_directory", metavar="RUN", type=Path)
+    sample.add_argument("--prompt", default="", help="text to continue; without one a new document begins")
+    sample.add_argument("--max-tokens", type=int, help="new tokens (default: 200, or what fits)")
+    sample.add_argument("--samples", type=int, default=1, help="continuations, with seeds one after another")
+    sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (default: 0.8)")
+    sample.add_argument("--top-k", type=int, default=0, help="keep the k most likely tokens (default: all)")
+    sample.add_argument("--top-p", type=float, default=1.0, help="keep the likeliest tokens up to this probability")
+    sample.add_argument("--min-p", type=float, default=0.0, help="keep tokens at least this share as likely as the likeliest")
+    sample.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1 makes tokens in the context less likely")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
+    sample.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
+    sample.add_argument("--json", action="store_true", help="one JSON object a sample: prompt, text, seed")
+    sample.set_defaults(run=_sample)
+
+    known, rest = parser.parse_known_args(arguments)
+    overrides = [flag for flag in rest if flag.startswith("--config.")]
+    if (unknown := [flag for flag in rest if flag not in overrides]) or (overrides and known.command != "params"):
+        raise UsageError(f"{(unknown or overrides)[0]}: unknown argument; see `lumina {known.command} --help`")
+    known.overrides = overrides
+    known.run(known)
+
+
+def _params(arguments: argparse.Namespace) -> None:
+    from lumina.architecture import counts, memory
+    from lumina.config import load, override
+    from lumina.runs.units import gib, si
+
+    found: dict[str, dict[str, Any]] = {}
+    for spec in arguments.configs:
+        config = override(load(spec), arguments.overrides)
+        name, _, variant = spec.partition(":")
+        found[":".join(filter(None, [Path(name).stem, variant]))] = {
+            "sequence_length": config.data.sequence_length,
+            "rows": config.train.batch_size // config.train.micro_batches,
+            **counts(config)._asdict(),
+            **{f"{part}_bytes": value for part, value in memory(config)._asdict().items()},
+            "memory_bytes": memory(config).total,
+        }
+    if arguments.json:
+        print(json.dumps(found, indent=2))
+        return
+    header = ["config", "mean active", "most active", "total", "FLOPs/token", "training", "weights", "gradients", "optimizer", "activations", "memory", "of rows x T"]
+    lines = [header]
+    for name, row in found.items():
+        numbers = [si(row[key]) for key in ("mean_active", "most_active", "total", "forward_flops", "training_flops")]
+        sizes = [gib(row[f"{part}_bytes"]) for part in ("weights", "gradients", "optimizer", "activations")]
+        lines.append([name, *numbers, *sizes, gib(row["memory_bytes"]), f"{row['rows']} x {row['sequence_length']}"])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    for line in lines:
+        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
+
+
+def _sample(arguments: argparse.Namespace) -> None:
+    if not (arguments.run_directory / "config.json").is_file():
+        raise UsageError(f"{arguments.run_directory}: not a run directory, it has no config.json")
+    if arguments.samples < 1:
+        raise UsageError(f"--samples = {arguments.samples}: must be at least 1")
+    from lumina_jax.generate import Sampling, load_generator
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    settings = {name: getattr(arguments, name) for name in names}
+    Sampling(**settings)  # refuse bad values before the model is loaded
+    generator = load_generator(arguments.run_directory, best=arguments.best)
+    length = arguments.max_tokens
+    if length is None:
+        length = min(200, generator.context - len(generator.tokenizer.encode(arguments.prompt)))
+    for seed in range(arguments.seed, arguments.seed + arguments.samples):
+        pieces = generator.text(arguments.prompt, length, Sampling(**settings, seed=seed), arguments.stop)
+        if arguments.json:
+            print(json.dumps({"prompt": arguments.prompt, "text": "".join(pieces), "seed": seed}))
+            continue
+        print(arguments.prompt, end="", flush=True)
+        for piece in pieces:
+            print(piece, end="", flush=True)
+        print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
+
+
+if __name__ == "__main__":
+    main()

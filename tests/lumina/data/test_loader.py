@@ -1,0 +1,107 @@
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from lumina.config import DataConfig
+from lumina.data import Batches, Rows, prepare
+from lumina.data.loader import AHEAD, prefetch
+from lumina.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    return prepare(DataConfig(source="synthetic", cache_dir=str(cache), sequence_length=32), 512)
+
+
+@pytest.fixture
+def batches(corpus):
+    return Batches(Rows(corpus.train, 32, corpus.document_end_id), 8, seed=0)
+
+
+class Counting:
+    """Batches that only count, and fail at one step."""
+
+    def __init__(self, fails_at=-1):
+        self.fails_at, self.made = fails_at, []
+
+    def batch(self, step):
+        self.made.append(step)
+        if step == self.fails_at:
+            raise DataError(f"shard of step {step} is corrupt")
+        return {"step": np.array(step)}
+
+
+def join_threads():
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(timeout=20)
+            assert not thread.is_alive(), f"{thread.name} did not end"
+
+
+def test_prefetched_batches_are_those_of_their_steps_in_order(batches):
+    expected = 5
+    for step, batch in prefetch(batches, 5, 40):
+        assert step == expected
+        plain = batches.batch(step)
+        assert batch.keys() == plain.keys()
+        assert all(np.array_equal(batch[name], plain[name]) and batch[name].dtype == plain[name].dtype for name in plain)
+        expected += 1
+    assert expected == 40
+
+
+def test_no_steps_give_no_batches(batches):
+    assert list(prefetch(batches, 7, 7)) == []
+
+
+def test_loading_runs_ahead_but_not_away():
+    counting = Counting()
+    loaded = prefetch(counting, 0, 1000)
+    next(loaded)
+    loaded.close()
+    join_threads()
+    assert 1 < len(counting.made) <= 1 + AHEAD
+
+
+def test_an_error_reaches_the_caller_at_its_step_as_it_was_raised():
+    loaded = prefetch(Counting(fails_at=7), 3, 100)
+    assert [next(loaded)[0] for _ in range(4)] == [3, 4, 5, 6]
+    with pytest.raises(DataError, match="shard of step 7 is corrupt"):
+        next(loaded)
+    join_threads()
+
+
+@pytest.mark.parametrize("stop", ["close", "drop"])
+def test_stopping_early_ends_the_threads(batches, stop):
+    loaded = prefetch(batches, 0, 10**9)
+    next(loaded)
+    if stop == "close":
+        loaded.close()
+    del loaded
+    join_threads()
+
+
+def test_text_goes_in_and_comes_out_again(corpus, batches):
+    # Unshuffled rows, put together, are the training documents with an end after each.
+    rows = Batches(batches.rows, 8, seed=0).evaluation()
+    targets = np.concatenate([batch["targets"][batch["weights"] == 1] for batch in rows])
+    first = batches.rows.row(0)[:1]
+    texts = corpus.tokenizer.decode(np.concatenate([first, targets]).tolist()).split("<|document_end|>")
+    assert len(texts) > 1800
+    assert all(text.startswith("def ") and text.endswith("\n") for text in texts[:-1])
+
+
+def test_data_needs_no_backend(tmp_path):
+    code = """
+import sys
+from lumina.config import DataConfig
+from lumina.data import Batches, Rows, prepare
+corpus = prepare(DataConfig(source="synthetic", cache_dir=sys.argv[1], sequence_length=32), 300)
+Batches(Rows(corpus.train, 32, corpus.document_end_id), 2, 0).batch(0)
+print(sorted({"jax", "flax", "torch", "grain"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
