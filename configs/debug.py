@@ -1,5 +1,26 @@
-from lumina.config import *
-def get_config(variant=""):
-    c=Config(model=ModelConfig(d_ff=608,moe=MoEConfig(pattern="all"),mod=MoDConfig(pattern="all",capacity=.5625)))
-    c.train.steps=300; c.optim.learning_rate=4e-3
-    return c
+"""debug: a hybrid of Mixture-of-Experts and Mixture-of-Depths, 8 experts, top-1, in every layer, for two minutes on two cores.
+
+    python -m lumina_jax.train --config configs/debug.py --workdir runs/debug
+"""
+
+from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+
+
+def get_config(variant: str = "") -> Config:
+    """The preset, or its variant dense, moe or mod."""
+    model = ModelConfig(
+        vocab_size=1024,
+        d_model=128,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=64,
+        d_ff=608,
+        moe=MoEConfig(pattern="all", num_experts=8, top_k=1),
+        mod=MoDConfig(pattern="all", capacity=0.5625),
+    )
+    data = DataConfig(sequence_length=256, held_out=0.04)
+    optim = OptimConfig(learning_rate=4e-3, warmup_steps=50)
+    # Eight rows at a time keep the activations in a CPU's cache.
+    train = TrainConfig(steps=1000, batch_size=16, micro_batches=2, eval_every=250)
+    return as_variant(Config(model, data, optim, train, CheckpointConfig(every=250)), variant)

@@ -204,26 +204,29 @@ LOGIT_CHUNK = 512  # tokens whose logits the loss holds at once; measured: at 51
 def memory(config: Config) -> Memory:
     """Estimate the memory of a training step: float32 weights, gradients and AdamW moments, and a micro-batch's activations.
 
-    Activations are what the backward pass keeps of each layer (with remat only its input, plus one layer at a time).
+    Activations are what the backward pass keeps of each layer (with remat only its input, plus one layer at a time), and
+    what it works on. The scores of a chunk of queries are left out: short rows hardly notice, long ones need a fused kernel.
     """
     model, tokens = config.model, config.data.sequence_length
     rows = config.train.batch_size // config.train.micro_batches
     weights = 4 * sum(t.size for t in tensor_table(model))
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
     d, heads, kv, h, f = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff
-    attention = 3 * d + 3 * heads * h + 4 * kv * h  # residual, norm in and out; q twice (RoPE), values out; k twice, v
-    per_layer = []
+    # Float counts a token: what XLA keeps, by comparison with compiled steps of the presets (tests hold it to 25 %).
+    attention = 5 * d + 3 * heads * h + 4 * kv * h  # residual, norm; q twice (RoPE), values out; k twice, v
+    per_layer, wide = [], []
     for kind in layer_kinds(model):
         share = capacity(tokens, model.mod.capacity) / tokens if kind.endswith("+mod") else 1.0
         selected = round(tokens * share)
+        slots = 1.0
+        feedforward = 5.0 * f + 2 * d
         if kind.startswith("moe"):
             slots = model.moe.num_experts * expert_capacity(model, selected) / selected
-            feedforward = slots * (2 * d + 4 * f) + model.moe.top_k * d
-            feedforward += model.moe.shared_experts * 4 * f
-        else:
-            feedforward = 4 * f + 2 * d
-        per_layer.append(rows * tokens * width * (attention + 2 * d + share * feedforward))
+            feedforward = slots * (3 * d + 5 * f) + model.moe.top_k * d + model.moe.shared_experts * 5 * f
+        per_layer.append(rows * tokens * width * (attention + 3 * d + share * feedforward))
+        wide.append(rows * tokens * width * share * slots * 3 * f)  # gradients of hidden, gate and up
     residual = rows * tokens * d * width
     kept = sum(per_layer) if not config.train.remat else residual * model.num_layers + max(per_layer)
     logits = min(rows * tokens, LOGIT_CHUNK) * model.vocab_size * 4
-    return Memory(weights, weights, 2 * weights, round(kept + 3 * residual + 3 * logits))
+    gradients = weights if config.train.micro_batches == 1 else 2 * weights  # a sum, and a micro-batch's own
+    return Memory(weights, gradients, 2 * weights, round(kept + max(wide) + 3 * residual + 3 * logits))

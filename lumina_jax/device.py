@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from typing import Any
 
 import jax
 
@@ -26,6 +27,13 @@ def matmul_peak(dtype: str, seconds: float = 0.5) -> float:
         multiply(a).block_until_ready()
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
+
+
+def compiled_memory(compiled: Any) -> int:
+    """Bytes that a compiled function needs by the compiler's own account: arguments, results that reuse none, temporaries."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def peak_memory() -> int:

@@ -113,11 +113,11 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
             )
             return grads, metrics
 
-        total = accumulate(0)
-        if M > 1:
-            more = lambda index, total: jax.tree.map(jnp.add, total, accumulate(index))  # noqa: E731
-            total = jax.lax.fori_loop(1, M, more, total)
-        grads, metrics = total
+        if M == 1:
+            grads, metrics = accumulate(0)
+        else:
+            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(accumulate, 0))
+            grads, metrics = jax.lax.fori_loop(0, M, lambda index, total: jax.tree.map(jnp.add, total, accumulate(index)), zeros)
 
         with jax.named_scope("optimizer"):
             learning_rate = rate(state.step) * knobs.learning_rate_scale

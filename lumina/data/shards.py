@@ -99,7 +99,8 @@ class ShardWriter:
         self._writer, self._records = None, 0
 
     def _refusal(self, why: object) -> UsageError:
-        return UsageError(f"{self._path()}: cannot be written ({str(why).partition(";")[0]}); free disk space, or set data.cache_dir or LUMINA_CACHE")
+        why = str(why).partition(";")[0]
+        return UsageError(f"{self._path()}: cannot be written ({why}); free disk space, or set data.cache_dir or LUMINA_CACHE")
 
 
 def _open_reader(path: Path) -> Any:

@@ -76,14 +76,14 @@ class Source:
         """sha256 over what the parts hold, wherever their files lie."""
         digest = hashlib.sha256()
         for part in self._parts:
-            with _readable():
+            with _readable(self.spec):
                 digest.update(part.digest())
         return digest.hexdigest()
 
     def __iter__(self) -> Iterator[Document]:
         self.rejects = Rejects()
         for part in self._parts:
-            with _readable():
+            with _readable(self.spec):
                 for name, text, kind in part.records():
                     kind = kind or _unusable(text)
                     if kind:
@@ -121,7 +121,7 @@ def _files(spec: str) -> list[str]:
             raise DataError(f"data.source: {name}: is a directory; name its files, such as {os.path.join(name, '*.txt')}")
         if not name.lower().endswith((".txt", ".jsonl")):
             raise DataError(f"data.source: {name}: must end in .txt (a document a file) or .jsonl (a document a line)")
-        with _readable(), open(name, "rb"):  # refuse now, not after the files before it were tokenised
+        with _readable(name), open(name, "rb"):  # refuse now, not after the files before it were tokenised
             pass
     return sorted(names)
 
@@ -133,11 +133,11 @@ def _part(name: str, text_field: str) -> "_Part":
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
+def _readable(spec: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"data.source: {error.filename}: cannot be read: {error.strerror}") from error
+        raise DataError(f"data.source: {error.filename or spec}: cannot be read: {error.strerror}") from error
 
 
 def _unusable(text: str) -> str:

@@ -24,9 +24,13 @@ from tiktoken_ext import openai_public
 
 from lumina import tokenizer as module
 from lumina.errors import ConfigError, DataError
-from lumina.tokenizer import CONTROL_TOKENS, NAMED_ENCODINGS, StreamDecoder, load_tokenizer, train_bpe
+from lumina.tokenizer import CONTROL_TOKENS, GPT4_PATTERN, NAMED_ENCODINGS, StreamDecoder, load_tokenizer, train_bpe
 
-CORPUS = Path(argparse.__file__).read_text(encoding="utf-8") + "déjà vu 日本語のテキスト 😀👍 naïve Größe\n" * 40
+CORPUS = (
+    Path(argparse.__file__).read_text(encoding="utf-8")
+    + "déjà vu 日本語のテキスト 😀👍 naïve Größe\nspaces \r\n at the end \n" * 40
+)
+# GPT-4's pattern as first published, for an engine without possessive quantifiers; it differs where a text ends in "\n ".
 PUBLISHED_GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -53,7 +57,7 @@ def visible(token: bytes) -> str:
 
 def slow_train(texts, num_merges):
     """Byte-pair encoding as the paper has it: merge the most frequent pair, ties by the lower ids."""
-    words = [list(piece.encode()) for text in texts for piece in regex.findall(PUBLISHED_GPT4_PATTERN, text)]
+    words = [list(piece.encode()) for text in texts for piece in regex.findall(GPT4_PATTERN, text)]
     tokens = [bytes([byte]) for byte in range(256)]
     for _ in range(num_merges):
         counts = collections.Counter(pair for word in words for pair in itertools.pairwise(word))
@@ -115,14 +119,14 @@ def huggingface_unigram(normalizer, pre_tokenizer=None):
     return file
 
 
-def sentencepiece_model(kind):
+def sentencepiece_model(kind, byte_fallback=True):
     content = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS.splitlines()),
         model_writer=content,
         model_type=kind,
         vocab_size=500,
-        byte_fallback=True,
+        byte_fallback=byte_fallback,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         control_symbols=["<pad>", "<|endoftext|>"],
@@ -201,6 +205,16 @@ def test_a_corpus_with_too_few_pairs_is_refused_with_the_vocabulary_that_works()
     assert train_bpe(["abc"], 264).encode("abc") == [257]
 
 
+def test_lone_surrogates_in_the_corpus_are_learned_as_what_they_encode_to():
+    assert train_bpe(["\ud800\ud800"], 264).fingerprint == train_bpe(["\ufffd\ufffd"], 264).fingerprint
+
+
+def test_a_corpus_whose_pairs_could_overflow_their_counts_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "MOST_TRAINING_BYTES", 10)
+    with pytest.raises(DataError, match="train it on a sample"):
+        train_bpe(["12345", "1234é", "1"], 300)
+
+
 # ---------------------------------------------------------------------------------------------------------- encoding
 
 
@@ -208,7 +222,7 @@ def test_a_corpus_with_too_few_pairs_is_refused_with_the_vocabulary_that_works()
 @given(small_alphabet)
 def test_bpe_ids_are_those_of_a_plain_python_encoder(loaded, text):
     ranks = {token: rank for rank, token in enumerate(ranks_of(loaded["bpe"]))}
-    words = regex.findall(PUBLISHED_GPT4_PATTERN, text)
+    words = regex.findall(GPT4_PATTERN, text)
     assert loaded["bpe"].encode(text) == [ranks[part] for word in words for part in slow_merges(ranks, word.encode())]
 
 
@@ -245,6 +259,26 @@ def test_any_text_survives_encoding_and_decoding(loaded, name, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_a_special_token_that_merges_would_make_is_not_made(files, loaded, tmp_path):
+    merged = next(token.decode() for token in ranks_of(loaded["bpe"]) if len(token) > 2 and token.isalpha())
+    file = tokenizers.Tokenizer.from_file(str(files["huggingface_bpe"]))
+    file.add_special_tokens([merged])
+    file.save(str(tmp_path / "merged.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "merged.json"))
+    assert file.token_to_id(merged) not in tokenizer.encode(merged)
+    assert tokenizer.decode(tokenizer.encode(merged)) == merged
+
+
+def test_text_unknown_to_a_model_without_bytes_is_shown_as_replaced(files, tmp_path):
+    (tmp_path / "few.model").write_bytes(sentencepiece_model("unigram", byte_fallback=False))
+    values = json.loads(files["huggingface_unigram"].read_text())
+    values["model"]["byte_fallback"] = False
+    (tmp_path / "few.json").write_text(json.dumps(values))
+    for name in ("few.model", "few.json"):
+        tokenizer = load_tokenizer(str(tmp_path / name))
+        assert tokenizer.decode(tokenizer.encode("a\u0e01b")) == "a\ufffdb"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_surrogate_pairs_are_joined_and_lone_surrogates_replaced(loaded, name):
     tokenizer = loaded[name]
@@ -264,14 +298,14 @@ def test_token_bytes_sum_to_the_bytes_of_the_text(loaded, text):
     assert loaded["bpe"].token_bytes()[loaded["bpe"].encode(text)].sum() == len(text.encode())
 
 
-@pytest.mark.parametrize("text", [" " * 1_200_000 + "x", "a" * 1_200_000, "\n" * 1_200_000], ids=["spaces", "letters", "lines"])
-def test_a_million_equal_characters_neither_crash_nor_get_lost(loaded, text):
+@pytest.mark.parametrize("text", [" " * 1_000_001 + "x", "a" * 600_000, "\n" * 600_000], ids=["spaces", "letters", "lines"])
+def test_a_very_long_run_of_one_character_neither_crashes_nor_gets_lost(loaded, text):
     assert loaded["bpe"].decode(loaded["bpe"].encode(text)) == text
     assert train_bpe([text], 264).vocab_size == 264
 
 
 @pytest.mark.parametrize("pattern", NAMED_ENCODINGS)
-@many
+@some
 @given(st.lists(st.text("a.1/ \r\n", max_size=9), min_size=9, max_size=20))
 def test_cutting_a_long_text_at_the_end_of_a_line_changes_no_id(loaded, monkeypatch, pattern, lines):
     monkeypatch.setattr(module, "LONGEST_PIECE", 40)
@@ -365,6 +399,13 @@ def test_a_changed_file_is_refused(files, tmp_path, change):
     (tmp_path / module.FILE).write_text(json.dumps(values))
     with pytest.raises(DataError, match=module.FILE):
         load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("ranks", [[b"a"], [b""], []], ids=["twice", "empty", "missing"])
+def test_ranks_that_cannot_encode_every_text_are_refused(ranks):
+    single = [bytes([byte]) for byte in range(256 if ranks else 255)]
+    with pytest.raises(ValueError, match="ranks hold a token twice, or an empty one, or lack bytes"):
+        module._BPE("", GPT4_PATTERN, single + ranks)
 
 
 def test_a_changed_copy_of_another_librarys_file_is_refused(loaded, tmp_path):

@@ -1,0 +1,192 @@
+"""Attention, rotary positions and RMSNorm, against a full softmax in loops."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lumina.architecture import block_tensors
+from lumina.config import ModelConfig
+from lumina_jax.attention import Attention, Cache, RMSNorm, attend, rotary
+from tests.lumina_jax import oracles
+from tests.lumina_jax.oracles import assert_close, assert_gradients
+
+H, K, h = 4, 2, 6
+MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=h, rope_theta=100.0, qk_norm=True)
+T = 7
+# Two documents a row. The positions have gaps, so that counting anew what is there would not give them.
+SEGMENTS_BT = np.array([[1, 1, 1, 2, 2, 2, 2], [1, 1, 1, 1, 1, 2, 2]])
+POSITIONS_BT = np.array([[0, 1, 5, 0, 2, 3, 9], [0, 1, 2, 3, 8, 0, 6]])
+
+
+def _normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _weights(model):
+    return {n: w for n, w in oracles.random_weights(block_tensors(model, "dense")).items() if n.startswith("attention.")}
+
+
+def _layer(model, weights):
+    return Attention(model, lambda name: nnx.Param(weights[name]))
+
+
+# ------------------------------------------------------------------------------------------------------------ attend
+
+
+@jax.jit
+def _attend_and_gradients(q, k, v, segments_BT, cotangent):
+    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
+    return out, pull(cotangent)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "kv_heads", "width"),
+    [(T, H, K, h), (130, 2, 1, 4), (300, 2, 2, 2)],
+    ids=["one_chunk", "a_chunk_and_a_bit", "last_chunk_short"],
+)
+def test_attend_equals_a_full_softmax_forward_and_backward(length, heads, kv_heads, width):
+    q, k, v = (2 * _normal(1, length, n, width, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
+    segments_BT = np.sort(np.random.default_rng(3).integers(0, 3, (1, length)), axis=1)
+    cotangent = _normal(1, length, heads, width, seed=4)
+    out, gradients = _attend_and_gradients(q, k, v, segments_BT, cotangent)
+    assert_close(out[0], oracles.attend(*(x[0].astype(np.float64) for x in (q, k, v)), segments_BT[0]))
+
+    def loss(arrays):
+        return np.sum(cotangent[0] * oracles.attend(*(arrays[n][0] for n in "qkv"), segments_BT[0]))
+
+    assert_gradients(loss, {"q": q, "k": k, "v": v}, dict(zip("qkv", gradients, strict=True)))
+
+
+def test_attention_sees_neither_the_future_nor_another_document():
+    length, changed = 130, 100
+    q, k, v = (_normal(1, length, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
+    segments_BT = (np.arange(length) >= 60).astype(np.int32)[None]
+    cotangent = np.zeros_like(q)
+    before, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
+    k[:, changed], v[:, changed] = 9.0, 9.0
+    after, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
+    assert np.array_equal(after[:, :changed], before[:, :changed])
+    assert np.all(np.any(after[0, changed:] != before[0, changed:], axis=(1, 2)))
+    k[:, 30], v[:, 30] = -9.0, -9.0  # in the first document
+    again, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
+    assert np.array_equal(again[:, 60:], after[:, 60:])
+    assert np.all(np.any(again[0, 30:60] != after[0, 30:60], axis=(1, 2)))
+
+
+def test_a_packed_row_of_one_token_documents_returns_its_own_values():
+    length = 130
+    q, k, v = (_normal(1, length, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
+    segments_BT = np.arange(length)[None]
+    out, _ = _attend_and_gradients(q, k, v, segments_BT, np.zeros_like(q))
+    assert_close(out, np.repeat(v, 2, axis=2), 1e-6)
+
+
+def test_softmax_runs_in_float32_for_bfloat16_inputs():
+    q, k, v = (jnp.ones((1, T, n, h), jnp.bfloat16) for n in (H, K, K))
+    jaxpr = jax.make_jaxpr(attend)(q, k, v, np.zeros((1, T), np.int32))
+    exponentials = [eqn.outvars[0].aval.dtype for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
+    assert exponentials == [jnp.float32]
+    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
+
+
+def _equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from _equations(value.jaxpr)
+
+
+# ------------------------------------------------------------------------------------------------------------ module
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(model, weights, x_BTD, segments_BT, positions_BT, cotangent_BTD):
+    def out(weights, x_BTD):
+        return _layer(model, weights)(x_BTD, segments_BT, positions_BT)[0]
+
+    out_BTD, pull = jax.vjp(out, weights, x_BTD)
+    return out_BTD, pull(cotangent_BTD)
+
+
+def test_layer_equals_the_oracle_with_grouped_queries_normed_heads_and_given_positions():
+    weights, x_BTD, cotangent_BTD = _weights(MODEL), _normal(2, T, 8), _normal(2, T, 8, seed=1)
+    out_BTD, (gradients, dx_BTD) = _apply(MODEL, weights, x_BTD, SEGMENTS_BT, POSITIONS_BT, cotangent_BTD)
+
+    def oracle(arrays):
+        rows = zip(arrays["x"], SEGMENTS_BT, POSITIONS_BT, strict=True)
+        return np.stack([oracles.attention(MODEL, arrays, x, s, p) for x, s, p in rows])
+
+    arrays = {"x": x_BTD, **weights}
+    assert_close(out_BTD, oracle({n: a.astype(np.float64) for n, a in arrays.items()}))
+    assert_gradients(lambda a: np.sum(cotangent_BTD * oracle(a)), arrays, {"x": dx_BTD, **gradients})
+
+
+def test_cached_attention_equals_uncached():
+    weights, x_BTD = _weights(MODEL), _normal(2, T, 8)
+    segments_BT, positions_BT = np.zeros((2, T), np.int32), np.tile(np.arange(T), (2, 1))
+    whole_BTD, _ = _apply(MODEL, weights, x_BTD, segments_BT, positions_BT, np.zeros_like(x_BTD))
+
+    @jax.jit
+    def step(x, positions, cache, start):
+        return _layer(MODEL, weights)(x, jnp.zeros_like(positions), positions, cache, start)
+
+    cache = Cache(*(jnp.full((2, T + 3, K, h), 7.0) for _ in "kv"))  # longer than needed, and not empty
+    pieces = []
+    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
+        out, cache = step(x_BTD[:, start:end], positions_BT[:, start:end], cache, start)
+        pieces.append(out)
+    assert_close(np.concatenate(pieces, axis=1), whole_BTD)
+
+
+# -------------------------------------------------------------------------------------------------- rotary, RMSNorm
+
+
+def test_rotary_turns_the_halves_anticlockwise():
+    x_BTNh = np.zeros((1, 2, 2, 4), np.float32)
+    x_BTNh[:, :, 0, 0] = 1  # the first of the first half
+    x_BTNh[:, :, 1, 3] = 1  # the second of the second half
+    out = rotary(x_BTNh, np.array([[0, 3]]), theta=16.0)
+    assert_close(out[0, 0], x_BTNh[0, 0], 0)  # position 0 is left as it is
+    angle = 3 * 16.0**-0.5
+    assert_close(out[0, 1], [[np.cos(3), 0, np.sin(3), 0], [0, -np.sin(angle), 0, np.cos(angle)]], 1e-6)
+
+
+def test_rotary_scores_depend_on_differences_of_positions():
+    q, k = _normal(1, T, 1, h), _normal(1, T, 1, h, seed=1)
+    positions = np.arange(T)[None]
+
+    def scores(shift):
+        return np.einsum(
+            "tnh,snh->ts", *(np.asarray(rotary(x, positions + shift, 100.0))[0].astype(np.float64) for x in (q, k))
+        )
+
+    assert_close(scores(37), scores(0))
+    assert np.max(np.abs(scores(0) - np.einsum("btnh,bsnh->ts", q, k))) > 0.1  # and do depend on them
+
+
+def test_large_positions_are_exact_to_float32_for_bfloat16_heads():
+    positions = np.array([[4099, 5003, 8191]])  # none of them a bfloat16
+    x = jnp.asarray(_normal(1, 3, 1, h), jnp.bfloat16)
+    out = rotary(x, positions, 100.0)
+    assert out.dtype == jnp.bfloat16
+    assert_close(out[0, :, 0], oracles.rotate(np.asarray(x, np.float64)[0, :, 0], positions[0], 100.0), 2**-8)
+
+
+def test_rms_norm_equals_the_oracle_with_eps_inside_the_root():
+    x, scale = 1e-3 * _normal(2, 3, 8), _normal(8, seed=1)  # mean squares about as large as eps
+    out = RMSNorm(nnx.Param(jnp.asarray(scale)), 1e-6)(jnp.asarray(x))
+    assert_close(out, oracles.rms_norm(x.astype(np.float64), scale, 1e-6))
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+    x, scale = jnp.asarray(100 * _normal(3, 512), jnp.bfloat16), _normal(512, seed=1)
+    out = RMSNorm(nnx.Param(jnp.asarray(scale)), 1e-6)(x)
+    expected = oracles.rms_norm(np.asarray(x, np.float64), scale, 1e-6)
+    assert out.dtype == jnp.bfloat16
+    # Within half a unit of the last place, element by element: any rounding on the way would show.
+    assert np.all(np.abs(np.asarray(out, np.float64) - expected) <= 2**-8 * 1.01 * np.abs(expected))
