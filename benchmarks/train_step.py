@@ -79,7 +79,9 @@ def measure(config: Config, steps: int) -> dict[str, object]:
 
 def main() -> None:
     """Parse the command line and print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("config", nargs="?", default="debug", help="as in training (default: debug)")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
     known, overrides = parser.parse_known_args()

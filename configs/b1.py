@@ -3,12 +3,22 @@
     python -m lumina_jax.train --config configs/b1.py --workdir runs/b1
 
 Parameters: 991 M mean active, 1.24 B most active, 8.11 B total.
-Memory, 1 row at a time: weights 30.2 GiB, gradients 30.2 GiB, optimizer 60.4 GiB, activations 969 MiB.
+Memory, 1 row at a time: weights 30.2 GiB, gradients 60.4 GiB, optimizer 60.4 GiB, activations 1.16 GiB.
 Steps: about 20 tokens a mean active parameter, 19.9 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """
 
-from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+from lumina.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    as_variant,
+)
 
 
 def get_config(variant: str = "") -> Config:

@@ -3,12 +3,22 @@
     python -m lumina_jax.train --config configs/b200.py --workdir runs/b200
 
 Parameters: 202 B mean active, 250 B most active, 1.59 T total.
-Memory, 1 row at a time: weights 5919 GiB, gradients 5919 GiB, optimizer 11837 GiB, activations 3748 GiB.
+Memory, 1 row at a time: weights 5919 GiB, gradients 11837 GiB, optimizer 11837 GiB, activations 4140 GiB.
 Steps: about 20 tokens a mean active parameter, 4.03 T in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """
 
-from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+from lumina.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    as_variant,
+)
 
 
 def get_config(variant: str = "") -> Config:

@@ -3,12 +3,22 @@
     python -m lumina_jax.train --config configs/b30.py --workdir runs/b30
 
 Parameters: 30.6 B mean active, 34.2 B most active, 237 B total.
-Memory, 1 row at a time: weights 882 GiB, gradients 882 GiB, optimizer 1765 GiB, activations 8.93 GiB.
+Memory, 1 row at a time: weights 882 GiB, gradients 1765 GiB, optimizer 1765 GiB, activations 11.4 GiB.
 Steps: about 20 tokens a mean active parameter, 612 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """
 
-from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+from lumina.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    as_variant,
+)
 
 
 def get_config(variant: str = "") -> Config:

@@ -3,12 +3,22 @@
     python -m lumina_jax.train --config configs/b300.py --workdir runs/b300
 
 Parameters: 302 B mean active, 391 B most active, 2.37 T total.
-Memory, 1 row at a time: weights 8839 GiB, gradients 8839 GiB, optimizer 17678 GiB, activations 1095 GiB.
+Memory, 1 row at a time: weights 8839 GiB, gradients 17678 GiB, optimizer 17678 GiB, activations 1175 GiB.
 Steps: about 20 tokens a mean active parameter, 6.04 T in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """
 
-from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+from lumina.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    as_variant,
+)
 
 
 def get_config(variant: str = "") -> Config:

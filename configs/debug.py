@@ -1,9 +1,22 @@
 """debug: a hybrid of Mixture-of-Experts and Mixture-of-Depths, 8 experts, top-1, in every layer, for two minutes on two cores.
 
     python -m lumina_jax.train --config configs/debug.py --workdir runs/debug
+
+Parameters: 494 K mean active, 699 K most active, 3.97 M total.
+Memory, 8 rows at a time: weights 15 MiB, gradients 30 MiB, optimizer 30 MiB, activations 85 MiB.
 """
 
-from lumina.config import CheckpointConfig, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, as_variant
+from lumina.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    as_variant,
+)
 
 
 def get_config(variant: str = "") -> Config:

@@ -61,7 +61,11 @@ def layer_plan(kinds: list[str]) -> list[Segment]:
             while True:
                 end = start + period * repeats
                 if (cost + period, pieces + 1) < best[end][:2]:
-                    best[end] = (cost + period, pieces + 1, [*plan, Segment(start, tuple(kinds[start : start + period]), repeats)])
+                    best[end] = (
+                        cost + period,
+                        pieces + 1,
+                        [*plan, Segment(start, tuple(kinds[start : start + period]), repeats)],
+                    )
                 if kinds[end : end + period] != kinds[start : start + period]:
                     break
                 repeats += 1
@@ -73,7 +77,14 @@ def layer_plan(kinds: list[str]) -> list[Segment]:
 
 def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
     """The tensors of one layer of this kind, named relative to `blocks.i.`."""
-    d, h, heads, kv, f, experts = model.d_model, model.head_dim, model.num_heads, model.num_kv_heads, model.d_ff, model.moe.num_experts
+    d, h, heads, kv, f, experts = (
+        model.d_model,
+        model.head_dim,
+        model.num_heads,
+        model.num_kv_heads,
+        model.d_ff,
+        model.moe.num_experts,
+    )
     residual = 1 / math.sqrt(2 * model.num_layers)  # GPT-2, section 2.3: the residual sum keeps its scale over depth
 
     def matrix(name: str, shape: tuple[int, ...], axes: str, fan_in: int, scale: float = 1.0) -> Tensor:
@@ -198,7 +209,9 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-LOGIT_CHUNK = 512  # tokens whose logits the loss holds at once; measured: at 512 x 1024 they stay in a CPU's cache, twice as fast
+LOGIT_CHUNK = (
+    512  # tokens whose logits the loss holds at once; measured: at 512 x 1024 they stay in a CPU's cache, twice as fast
+)
 
 
 def memory(config: Config) -> Memory:

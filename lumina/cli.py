@@ -17,12 +17,16 @@ def main() -> None:
 def run(arguments: list[str]) -> None:
     """Parse and run one subcommand."""
     parser = argparse.ArgumentParser(
-        prog="lumina", description="Sparse language models: train with `python -m lumina_jax.train`, and everything else here.", allow_abbrev=False
+        prog="lumina",
+        description="Sparse language models: train with `python -m lumina_jax.train`, and everything else here.",
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     params = commands.add_parser("params", help="parameters, FLOPs and memory of configs, side by side", allow_abbrev=False)
-    params.add_argument("configs", nargs="+", metavar="CONFIG", help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT")
+    params.add_argument(
+        "configs", nargs="+", metavar="CONFIG", help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
+    )
     params.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     params.set_defaults(run=_params)
 
@@ -69,7 +73,20 @@ def _params(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found, indent=2))
         return
-    header = ["config", "mean active", "most active", "total", "FLOPs/token", "training", "weights", "gradients", "optimizer", "activations", "memory", "of rows x T"]
+    header = [
+        "config",
+        "mean active",
+        "most active",
+        "total",
+        "FLOPs/token",
+        "training",
+        "weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "memory",
+        "of rows x T",
+    ]
     lines = [header]
     for name, row in found.items():
         numbers = [si(row[key]) for key in ("mean_active", "most_active", "total", "forward_flops", "training_flops")]
@@ -77,14 +94,20 @@ def _params(arguments: argparse.Namespace) -> None:
         lines.append([name, *numbers, *sizes, gib(row["memory_bytes"]), f"{row['rows']} x {row['sequence_length']}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:
-        print("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(line, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.ljust(width) if i == 0 else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            )
+        )
 
 
 def _sample(arguments: argparse.Namespace) -> None:
     if not (arguments.run_directory / "config.json").is_file():
         raise UsageError(f"{arguments.run_directory}: not a run directory, it has no config.json")
-    if arguments.samples < 1:
-        raise UsageError(f"--samples = {arguments.samples}: must be at least 1")
+    for flag, value in (("--samples", arguments.samples), ("--max-tokens", arguments.max_tokens)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} = {value}: must be at least 1")
     from lumina_jax.generate import Sampling, load_generator
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")

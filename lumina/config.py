@@ -9,6 +9,7 @@ import difflib
 import json
 import math
 import runpy
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,7 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # decoupled: times the learning rate, not through the moments
     clip_norm: float = 1.0  # largest global gradient norm; 0 is off
 
 
@@ -359,10 +360,14 @@ def load(spec: str) -> Config:
     elif not path.is_file() and name in presets()[1:]:
         path = PRESET_DIRECTORY / f"{name}.py"
     if not path.is_file():
-        raise UsageError(f"{name}: no such config file, run directory or preset{_nearest(name, presets())}; presets: {' '.join(presets())}")
+        raise UsageError(
+            f"{name}: no such config file, run directory or preset{_nearest(name, presets())}; presets: {' '.join(presets())}"
+        )
     if path.suffix == ".py":
         if variant not in VARIANTS:
-            raise UsageError(f"{spec}: no variant {variant!r}{_nearest(variant, VARIANTS)}; there are {', '.join(VARIANTS[1:])}")
+            raise UsageError(
+                f"{spec}: no variant {variant!r}{_nearest(variant, VARIANTS)}; there are {', '.join(VARIANTS[1:])}"
+            )
         return validate(runpy.run_path(str(path))["get_config"](variant))
     if variant:
         raise UsageError(f"{spec}: only presets and .py files have variants")
@@ -384,17 +389,17 @@ def override(config: Config, flags: list[str]) -> Config:
         ConfigError: a field does not exist (the nearest name is suggested) or the value is not of its type.
         UsageError: a flag is not of this form.
     """
-    from absl import flags as absl_flags
-    from ml_collections import config_flags
-
     for flag in flags:
         if not flag.startswith("--config.") or "=" not in flag:
             raise UsageError(f"{flag}: unknown argument; config fields are set as --config.train.steps=100")
         _check_field(config, flag[len("--config.") :].partition("=")[0])
+    if not flags:
+        return validate(config)
+    from absl import flags as absl_flags
+    from ml_collections import config_flags
+
     values = absl_flags.FlagValues()
     # ml_collections looks for overrides in argv, and defines one typed flag for each.
-    import sys
-
     saved, sys.argv = sys.argv, ["lumina", *flags]
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values)

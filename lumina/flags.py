@@ -19,7 +19,9 @@ def parse(program: str, arguments: list[str]) -> tuple[Config, Path]:
         epilog="Any field of the config is a flag: --config.train.steps=100 --config.model.moe.top_k=2",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT")
+    parser.add_argument(
+        "--config", required=True, help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
+    )
     parser.add_argument("--workdir", type=Path, help="run directory (default: runs/NAME)")
     known, rest = parser.parse_known_args(arguments)
     config = override(load(known.config), _joined(rest))

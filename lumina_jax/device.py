@@ -43,5 +43,3 @@ def peak_memory() -> int:
         return statistics["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-

@@ -13,7 +13,9 @@ from lumina.data.rows import Batches
 from lumina_jax.model import Variables
 
 
-def evaluate(eval_step: Callable, variables: Variables, batches: Batches, token_bytes: np.ndarray, max_rows: int) -> dict[str, Any]:
+def evaluate(
+    eval_step: Callable, variables: Variables, batches: Batches, token_bytes: np.ndarray, max_rows: int
+) -> dict[str, Any]:
     """Evaluate on every held-out row (or the first `max_rows`).
 
     Returns loss (nats a token), perplexity, bits_per_byte (of the text, so that tokenizers compare), accuracy (share of

@@ -186,7 +186,9 @@ def _routing(metrics: dict[str, Any]) -> dict[str, list]:
     return flat
 
 
-def _opening(config: Config, run: RunDirectory, corpus: Corpus, batches: Batches, held_out_rows: int, start: int, peak: float) -> str:
+def _opening(
+    config: Config, run: RunDirectory, corpus: Corpus, batches: Batches, held_out_rows: int, start: int, peak: float
+) -> str:
     count, needed, train = counts(config), memory(config), config.train
     kinds = layer_kinds(config.model)
     tokens = train.batch_size * config.data.sequence_length
@@ -223,7 +225,9 @@ def _opening(config: Config, run: RunDirectory, corpus: Corpus, batches: Batches
     return table(rows)
 
 
-def _sample(config: Config, graphdef: Any, state: TrainState, corpus: Corpus, run: RunDirectory, step: int, count: int) -> list[str]:
+def _sample(
+    config: Config, graphdef: Any, state: TrainState, corpus: Corpus, run: RunDirectory, step: int, count: int
+) -> list[str]:
     """Continuations of the config's prompt, also kept in samples/."""
     generator = Generator(config, graphdef, state.variables, corpus.tokenizer)
     prompt = config.monitor.sample_prompt
@@ -255,7 +259,9 @@ def _print_result(run: RunDirectory, result: dict[str, Any]) -> None:
     print(f"step {result['step']}, held out: {_figures(result['held_out'])}")
     if "compressors" in result:
         others = ", ".join(f"{name} {bits:.3f}" for name, bits in result["compressors"].items())
-        print(f"bits/byte of the same {result['held_out']['bytes']:,} bytes: this model {result['held_out']['bits_per_byte']:.3f}, {others}")
+        print(
+            f"bits/byte of the same {result['held_out']['bytes']:,} bytes: this model {result['held_out']['bits_per_byte']:.3f}, {others}"
+        )
     print(f'next: .venv/bin/lumina sample {run.path} --prompt "class Stack:"')
 
 

@@ -10,7 +10,15 @@ from lumina.errors import ConfigError, DataError, UsageError
 
 # Fields that may differ when a run goes on: they change no number that an earlier step has produced, and no later one but by
 # rounding.
-MAY_CHANGE = ("train.steps", "train.micro_batches", "train.eval_", "train.early_stopping", "checkpoint.", "monitor.", "data.cache_dir")
+MAY_CHANGE = (
+    "train.steps",
+    "train.micro_batches",
+    "train.eval_",
+    "train.early_stopping",
+    "checkpoint.",
+    "monitor.",
+    "data.cache_dir",
+)
 
 
 class RunDirectory:

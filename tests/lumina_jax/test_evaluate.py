@@ -70,6 +70,19 @@ def test_only_the_first_rows_are_read_when_asked():
     assert found["loss"] == pytest.approx(NATS[TOKENS[1 : 5 * T + 1]].mean(), rel=1e-12)
 
 
+def test_depth_capacity_is_averaged_by_the_tokens_of_each_batch():
+    def step(variables, batch):
+        full = batch["weights"].all()
+        return counting_step(variables, batch) | {"causal_capacity": np.array([0.25, 1.0]) if full else np.array([0.5, 0.0])}
+
+    found = evaluate(step, None, held_out(4), TOKEN_BYTES, 0)["mod_capacity"]  # a batch of 4 rows, and one of 3
+    assert found == pytest.approx([(4 * 0.25 + 3 * 0.5) / 7, 4 / 7], rel=1e-12)
+
+
+def test_a_model_without_depth_routing_reports_no_capacity():
+    assert "mod_capacity" not in evaluate(counting_step, None, held_out(4), TOKEN_BYTES, 0)
+
+
 def test_a_diverged_model_has_a_perplexity_all_the_same():
     def step(variables, batch):
         return counting_step(variables, batch) | {"loss": 1e6 * batch["weights"].sum()}
@@ -97,7 +110,7 @@ def test_the_step_sums_what_the_oracle_finds_under_causal_routing(hybrid):
         config.model, named, batch["inputs"], batch["segments"], batch["positions"], training=False
     )
     top = np.max(logits, axis=-1, keepdims=True)
-    nats = (top + np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True)) - logits)[..., :]
+    nats = top + np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True)) - logits
     nats = np.take_along_axis(nats, batch["targets"][..., None], axis=-1)[..., 0]
     found = step(variables, batch)
     assert_close(found["loss"], np.sum(batch["weights"] * nats), 5e-6)

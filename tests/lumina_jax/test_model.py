@@ -35,7 +35,7 @@ KINDS = {
     "dense+mod": _config("none", "all"),
     "moe+mod": _config("all", "all"),
 }
-MIXED = _config("1,2,3,4", "0,2,4", num_layers=5)  # dense+mod, then twice (moe, moe+mod)
+MIXED = _config("1,2,3,4", "2,4", num_layers=5)  # dense, then twice (moe, moe+mod)
 
 rng = np.random.default_rng(0)
 INPUTS_BT = rng.integers(0, V, (B, T))
@@ -53,15 +53,8 @@ def _weights(config):
 
 def _model(config, weights):
     """The model around these canonically named weights."""
-    graphdefs = []
-
-    def variables():
-        graphdef, fresh = create(config, 0)
-        graphdefs.append(graphdef)
-        return fresh
-
-    shapes = jax.eval_shape(variables)
-    return merge(graphdefs[0], Variables(*(from_canonical_names(config, shape, weights) for shape in shapes)))
+    graphdef, shapes = jax.eval_shape(functools.partial(create, config), 0)
+    return merge(graphdef, Variables(*(from_canonical_names(config, shape, weights) for shape in shapes)))
 
 
 def _logits_and_metrics(config, weights, batch, training, dtype=jnp.float32, key=None, remat=False):
@@ -129,14 +122,14 @@ def test_every_gradient_equals_that_of_the_slow_transformer():
 
 
 def test_rematerialisation_recomputes_layers_and_gives_the_same_gradients():
-    config = KINDS["dense+mod"]
+    config = KINDS["dense"]
 
     def gradients(remat):
         def loss(weights):
             return jnp.sum(COTANGENT_BTV * _logits_and_metrics(config, weights, BATCH, True, remat=remat)[0])
 
         traced = jax.jit(jax.grad(loss)).trace(_weights(config))
-        assert ("checkpoint" in str(traced.jaxpr)) == remat
+        assert ("remat" in str(traced.jaxpr)) == remat
         return traced.lower().compile()(_weights(config))
 
     plain, recomputed = gradients(False), gradients(True)
@@ -145,10 +138,10 @@ def test_rematerialisation_recomputes_layers_and_gives_the_same_gradients():
 
 
 def test_metrics_come_in_the_order_of_the_layers():
-    assert layer_plan(layer_kinds(MIXED)) == [Segment(0, ("dense+mod",), 1), Segment(1, ("moe", "moe+mod"), 2)]
+    assert layer_plan(layer_kinds(MIXED)) == [Segment(0, ("dense",), 1), Segment(1, ("moe", "moe+mod"), 2)]
     _, metrics, _ = _mixed_in_float64()
     _, expected = oracles.transformer(MIXED, _weights(MIXED), *BATCH, True)
-    for group, layers in (("moe", 4), ("mod", 3)):
+    for group, layers in (("moe", 4), ("mod", 2)):
         assert set(metrics[group]) == set(expected[group])
         for name, values in metrics[group].items():
             assert len(values) == layers
@@ -228,8 +221,8 @@ def test_options_equal_the_slow_transformer(options):
 
 
 def test_the_plan_of_scans_changes_nothing_not_even_random_numbers(monkeypatch):
-    config = _config("all", "all", dropout=0.3, jitter=0.3)
-    assert layer_plan(layer_kinds(config)) == [Segment(0, ("moe+mod",), 2)]
+    config = _config("all", "none", dropout=0.3, jitter=0.3)
+    assert layer_plan(layer_kinds(config)) == [Segment(0, ("moe",), 2)]
 
     def run():
         return jax.jit(lambda key: _logits_and_metrics(config, _weights(config), BATCH, True, key=key))
@@ -285,14 +278,14 @@ def test_bfloat16_compute_is_near_the_slow_transformer():
 # -------------------------------------------------------------------------------------------------- initialisation
 
 
-def _wide(moe="1,2,3,4", mod="0,2,4"):
+def _wide(moe="1,2", mod="0,2"):
     """Tensors large enough to measure their spread."""
-    return _config(moe, mod, 5, vocab_size=128, d_model=64, num_heads=2, head_dim=16, d_ff=48, tie_embeddings=False)
+    return _config(moe, mod, 3, vocab_size=128, d_model=64, num_heads=2, head_dim=16, d_ff=48, tie_embeddings=False)
 
 
 @functools.cache
 def _fresh(config, seed=0):
-    graphdef, variables = jax.jit(create, static_argnums=0)(config, seed)
+    _, variables = jax.jit(create, static_argnums=0)(config, seed)
     return variables, [by_canonical_name(config, tree) for tree in variables]
 
 
@@ -307,20 +300,21 @@ def test_parameters_are_the_tensors_of_the_table():
 
 
 def test_canonical_names_and_back_is_the_identity():
-    variables, names = _fresh(_wide())
-    for tree, named in zip(variables, names, strict=True):
-        back = from_canonical_names(_wide(), tree, named)
-        assert jax.tree.structure(back) == jax.tree.structure(tree)
-        assert all(map(np.array_equal, jax.tree.leaves(back), jax.tree.leaves(tree)))
-        again = by_canonical_name(_wide(), back)
-        assert list(again) == list(named)
-        assert all(np.array_equal(again[name], named[name]) for name in named)
+    shapes = jax.eval_shape(functools.partial(create, MIXED), 0)[1]
+    trained = {tensor.name: tensor.trained for tensor in tensor_table(MIXED)}
+    for tree, is_trained in zip(shapes, (True, False), strict=True):
+        filled = from_canonical_names(MIXED, tree, _weights(MIXED))
+        assert jax.tree.structure(filled) == jax.tree.structure(tree)
+        assert [a.shape for a in jax.tree.leaves(filled)] == [a.shape for a in jax.tree.leaves(tree)]
+        named = by_canonical_name(MIXED, filled)
+        assert list(named) == [name for name in trained if trained[name] == is_trained]
+        assert all(np.array_equal(array, _weights(MIXED)[name]) for name, array in named.items())
 
 
 def test_initial_values_do_not_depend_on_how_layers_are_grouped():
     mixed, scanned = _fresh(_wide())[1][0], _fresh(_wide("none", "none"))[1][0]
     shared = set(scanned) & set(mixed)
-    assert {"embedding.weight", "blocks.0.feedforward.down", "blocks.4.attention.query"} <= shared
+    assert {"embedding.weight", "blocks.0.feedforward.down", "blocks.2.attention.query"} <= shared
     for name in shared:
         assert_close(scanned[name], mixed[name], 1e-6)
 
@@ -334,7 +328,7 @@ def test_every_tensor_and_every_seed_draws_its_own_values():
 
 
 def test_initial_spread_is_that_of_the_fan_in_and_smaller_into_the_residual():
-    D, heads, width, F, residual = 64, 2, 16, 48, 1 / math.sqrt(2 * 5)
+    D, heads, width, F, residual = 64, 2, 16, 48, 1 / math.sqrt(2 * 3)
     expected = {
         "embedding.weight": 0.02,
         "head.weight": 1 / math.sqrt(D),

@@ -1,0 +1,186 @@
+"""Plans, counts and memory, against sums done another way."""
+
+import math
+import random
+
+import pytest
+
+from lumina import architecture as a
+from lumina.config import PRESET_DIRECTORY, Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, load, presets
+from lumina.runs.units import gib, si
+
+# Mean active and total, as each preset claims them.
+CLAIMS = {
+    "debug": (0.5e6, 4e6),
+    "debug_200m": (200e6, 6e9),
+    "b1": (1e9, 8e9),
+    "b7": (7e9, 56e9),
+    "b14": (14e9, 112e9),
+    "b30": (30e9, 240e9),
+    "b50": (50e9, 400e9),
+    "b100": (100e9, 800e9),
+    "b200": (200e9, 1.6e12),
+    "b300": (300e9, 2.4e12),
+    "small": (86e6, 86e6),
+    "base": (124e6, 124e6),
+    "medium": (350e6, 350e6),
+    "large": (1.4e9, 1.4e9),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_presets_keep_their_claims_within_3_percent(name):
+    count = a.counts(load(name))
+    assert count.mean_active == pytest.approx(CLAIMS[name][0], rel=0.03)
+    assert count.total == pytest.approx(CLAIMS[name][1], rel=0.03)
+
+
+@pytest.mark.parametrize("name", [p for p in presets() if p != "auto"])
+def test_totals_equal_the_sum_over_the_tensor_table(name):
+    config = load(name)
+    assert a.counts(config).total == sum(math.prod(t.shape) for t in a.tensor_table(config.model) if t.trained)
+
+
+def by_hand(config: Config) -> tuple[float, float, float, float]:
+    """Total, most and mean active parameters and forward FLOPs from a closed formula, for a model of one kind of layer."""
+    m, T = config.model, config.data.sequence_length
+    moe, mod = m.moe.pattern == "all", m.mod.pattern == "all"
+    D, L, V, F = m.d_model, m.num_layers, m.vocab_size, m.d_ff
+    attention = D * m.head_dim * (2 * m.num_heads + 2 * m.num_kv_heads)
+    c = math.ceil(m.mod.capacity * T) / T if mod else 1.0
+    expert = 3 * D * F
+    router, depth, norms = (D * m.moe.num_experts if moe else 0), (D + 1 if mod else 0), 2 * D
+    outside = V * D + D
+    total = outside + L * (attention + norms + depth + router + expert * (m.moe.num_experts if moe else 1))
+    used = expert * (m.moe.top_k if moe else 1) + router
+    most = outside + L * (attention + norms + depth + used)
+    mean = outside + L * (attention + norms + depth + c * used)
+    pairs = sum(t + 1 for t in range(T)) / T  # keys that the mean query sees
+    flops = 2 * (V * D + L * (attention + (D if mod else 0) + c * used)) + L * 4 * m.num_heads * m.head_dim * pairs
+    return total, most, mean, flops
+
+
+@pytest.mark.parametrize("spec", ["debug", "debug:dense", "debug:moe", "debug:mod", "debug_200m", "b30"])
+def test_counts_equal_a_closed_formula(spec):
+    config = load(spec)
+    count = a.counts(config)
+    expected = by_hand(config)
+    assert (count.total, count.most_active, count.mean_active, count.forward_flops) == pytest.approx(expected, rel=1e-9, abs=1)
+    assert count.training_flops == 3 * count.forward_flops
+
+
+def test_grouped_queries_and_tied_heads_are_counted_once():
+    base = ModelConfig(num_heads=4, num_kv_heads=4)
+    grouped = ModelConfig(num_heads=4, num_kv_heads=1)
+    untied = ModelConfig(num_heads=4, num_kv_heads=4, tie_embeddings=False)
+    total = {name: a.counts(Config(m)).total for name, m in (("base", base), ("grouped", grouped), ("untied", untied))}
+    assert total["base"] - total["grouped"] == 2 * 2 * 3 * 128 * 64  # layers, keys and values, three heads fewer
+    assert total["untied"] - total["base"] == 1024 * 128
+    assert a.counts(Config(untied)).forward_flops == a.counts(Config(base)).forward_flops
+
+
+def test_shared_experts_and_router_biases_are_counted_as_what_they_are():
+    plain = ModelConfig(moe=MoEConfig(pattern="all"))
+    shared = ModelConfig(moe=MoEConfig(pattern="all", shared_experts=2))
+    more = a.counts(Config(shared)).most_active - a.counts(Config(plain)).most_active
+    assert more == 2 * 3 * 128 * 512 * 2
+    biases = [t for t in a.tensor_table(plain) if t.name.endswith("moe.bias")]
+    assert [(t.shape, t.trained) for t in biases] == [((8,), False)] * 2
+
+
+def test_exactly_the_matrices_decay():
+    for spec in ("debug", "debug:dense"):
+        for tensor in a.tensor_table(load(spec).model):
+            matrix = not tensor.name.startswith("embedding") and "norm" not in tensor.name and not tensor.name.endswith("bias")
+            assert tensor.decayed == matrix, tensor.name
+            assert len(tensor.axes) == len(tensor.shape), tensor.name
+
+
+def test_canonical_names_and_shapes():
+    model = ModelConfig(qk_norm=True, tie_embeddings=False, moe=MoEConfig(pattern="1"), mod=MoDConfig(pattern="0"))
+    shapes = {t.name: t.shape for t in a.tensor_table(model)}
+    assert shapes == {
+        "embedding.weight": (1024, 128),
+        **{f"blocks.{i}.attention_norm.scale": (128,) for i in (0, 1)},
+        **{f"blocks.{i}.attention.query": (128, 2, 64) for i in (0, 1)},
+        **{f"blocks.{i}.attention.key": (128, 1, 64) for i in (0, 1)},
+        **{f"blocks.{i}.attention.value": (128, 1, 64) for i in (0, 1)},
+        **{f"blocks.{i}.attention.output": (2, 64, 128) for i in (0, 1)},
+        **{f"blocks.{i}.attention.query_norm.scale": (64,) for i in (0, 1)},
+        **{f"blocks.{i}.attention.key_norm.scale": (64,) for i in (0, 1)},
+        **{f"blocks.{i}.feedforward_norm.scale": (128,) for i in (0, 1)},
+        "blocks.0.feedforward.gate": (128, 512),
+        "blocks.0.feedforward.up": (128, 512),
+        "blocks.0.feedforward.down": (512, 128),
+        "blocks.0.mod.router": (128,),
+        "blocks.0.mod.bias": (),
+        "blocks.1.moe.router": (128, 8),
+        "blocks.1.moe.bias": (8,),
+        "blocks.1.moe.experts.gate": (8, 128, 512),
+        "blocks.1.moe.experts.up": (8, 128, 512),
+        "blocks.1.moe.experts.down": (8, 512, 128),
+        "final_norm.scale": (128,),
+        "head.weight": (128, 1024),
+    }
+
+
+@pytest.mark.parametrize(
+    ("kinds", "plan"),
+    [
+        ("d" * 120, [(0, "d", 120)]),
+        ("dm" * 6, [(0, "dm", 6)]),
+        ("dd" + "m" * 8 + "dd", [(0, "d", 2), (2, "m", 8), (10, "d", 2)]),
+        ("ddddm" * 3, [(0, "ddddm", 3)]),
+        ("d", [(0, "d", 1)]),
+    ],
+)
+def test_plans_compile_the_fewest_layers(kinds, plan):
+    assert a.layer_plan(list(kinds)) == [a.Segment(start, tuple(period), repeats) for start, period, repeats in plan]
+
+
+def test_plans_unroll_to_the_layers_they_were_made_of():
+    generator = random.Random(0)
+    for _ in range(50):
+        kinds = [generator.choice("ab") for _ in range(generator.randint(1, 30))]
+        plan = a.layer_plan(kinds)
+        assert [kind for segment in plan for kind in segment.kinds * segment.repeats] == kinds
+        numbers = [i for s in plan for r in range(s.repeats) for p in range(len(s.kinds)) for i in [s.layers(p)[r]]]
+        assert numbers == list(range(len(kinds)))
+
+
+def test_capacity_rounds_up_and_is_immune_to_binary_fractions():
+    assert [a.capacity(30, 0.1), a.capacity(31, 0.1), a.capacity(256, 0.5625), a.capacity(5, 0.01), a.capacity(5, 1.0)] == [
+        3,
+        4,
+        144,
+        1,
+        5,
+    ]
+
+
+def test_expert_capacity_is_at_most_the_tokens():
+    model = ModelConfig(moe=MoEConfig(pattern="all", num_experts=2, top_k=2, capacity_factor=4.0))
+    assert a.expert_capacity(model, 10) == 10
+
+
+@pytest.mark.parametrize("name", [p for p in presets() if p not in ("auto",)])
+def test_receipts_state_the_computed_figures(name):
+    config = load(name)
+    count, needed = a.counts(config), a.memory(config)
+    rows = config.train.batch_size // config.train.micro_batches
+    receipt = (
+        f"Parameters: {si(count.mean_active)} mean active, {si(count.most_active)} most active, {si(count.total)} total.\n"
+        f"Memory, {rows} row{'s' if rows > 1 else ''} at a time: weights {gib(needed.weights)}, gradients {gib(needed.gradients)}, "
+        f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}.\n"
+    )
+    docstring = (PRESET_DIRECTORY / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
+    assert receipt in docstring, f"if the change was meant, configs/{name}.py should say:\n{receipt}"
+
+
+def test_memory_counts_weights_gradients_and_two_moments():
+    config = Config(ModelConfig(), DataConfig())
+    total = a.counts(config).total
+    needed = a.memory(config)
+    assert (needed.weights, needed.gradients, needed.optimizer) == (4 * total, 4 * total, 8 * total)
+    config.train.micro_batches = 2
+    assert a.memory(config).gradients == 8 * total

@@ -1,0 +1,87 @@
+"""The lumina command: what it prints, how it refuses, what it does not import."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lumina import cli
+from lumina.architecture import counts, memory
+from lumina.config import load
+from lumina.errors import UsageError
+
+HEAVY = {"jax", "flax", "optax", "orbax", "grain", "torch", "tiktoken", "absl", "numpy"}
+
+
+def lumina(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "lumina.cli", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["params", "debug"]])
+def test_help_and_counting_import_nothing_heavy(arguments):
+    code = f"import sys, lumina.cli\ntry:\n    lumina.cli.run({arguments})\nexcept SystemExit:\n    pass\nprint(sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.strip(" '[]").split(".")[0] for name in done.stderr.split(",")}
+    assert not loaded & HEAVY
+    assert done.stdout
+
+
+def test_params_prints_a_line_for_each_config(capsys):
+    cli.run(["params", "debug", "b14:dense"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["config", "debug", "b14:dense"]
+    assert "494 K" in lines[1]
+    assert len({len(line) for line in lines}) == 1  # columns are aligned
+
+
+def test_params_json_holds_the_counted_numbers(capsys):
+    cli.run(["params", "b7", "--json", "--config.model.num_layers=4"])
+    config = load("b7")
+    config.model.num_layers = 4
+    row = json.loads(capsys.readouterr().out)["b7"]
+    assert {name: row[name] for name in counts(config)._fields} == counts(config)._asdict()
+    assert row["memory_bytes"] == memory(config).total == sum(row[f"{part}_bytes"] for part in memory(config)._fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["params", "debgu"], 2, "did you mean debug?"),
+        (["params", "debug", "--jsno"], 2, "--jsno: unknown argument"),
+        (["params", "debug", "--config.model.num_layer=1"], 3, "did you mean model.num_layers?"),
+        (["sample", "nowhere"], 2, "not a run directory"),
+        (["sample", "nowhere", "--config.train.steps=1"], 2, "unknown argument"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(arguments, code, said):
+    done = lumina(*arguments)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_sampling_values_are_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"top_p = 1\.5: must be above 0 and at most 1"):
+        cli.run(["sample", str(tmp_path), "--top-p", "1.5"])
+    with pytest.raises(UsageError, match="--samples = 0"):
+        cli.run(["sample", str(tmp_path), "--samples", "0"])
+    with pytest.raises(UsageError, match="--max-tokens = 0"):
+        cli.run(["sample", str(tmp_path), "--max-tokens", "0"])
+
+
+def test_sampling_a_run_without_checkpoints_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    done = lumina("sample", str(tmp_path))
+    assert done.returncode == 5
+    assert "no checkpoints" in done.stderr
+
+
+def test_a_closed_pipe_is_no_error():
+    done = subprocess.run(
+        f"{sys.executable} -m lumina.cli params configs/*.py | head -1", shell=True, capture_output=True, text=True, check=False
+    )  # noqa: S602, a shell makes the pipe
+    assert done.stdout.startswith("config")
+    assert "Traceback" not in done.stderr

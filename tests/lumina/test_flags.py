@@ -1,0 +1,33 @@
+"""The command line of the trainers."""
+
+from pathlib import Path
+
+import pytest
+
+from lumina.errors import UsageError
+from lumina.flags import parse
+
+
+def test_fields_are_set_with_an_equals_sign_or_a_space():
+    config, _ = parse("train", ["--config", "debug", "--config.train.steps=60", "--config.train.batch_size", "8"])
+    assert (config.train.steps, config.train.batch_size) == (60, 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "workdir"),
+    [("configs/debug.py", "runs/debug"), ("debug:dense", "runs/debug-dense"), ("configs/b14.py:moe", "runs/b14-moe")],
+)
+def test_the_run_directory_is_named_after_the_config(config, workdir):
+    assert parse("train", ["--config", config])[1] == Path(workdir)
+
+
+def test_the_run_directory_can_be_chosen():
+    assert parse("train", ["--config=debug", "--workdir=/tmp/elsewhere"])[1] == Path("/tmp/elsewhere")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--config", "debug", "--steps=3"], ["--config", "debug", "stray"], ["--config", "debug", "--conf=1"]]
+)
+def test_unknown_arguments_are_refused(arguments):
+    with pytest.raises(UsageError, match="unknown argument"):
+        parse("train", arguments)
