@@ -53,7 +53,7 @@ def layer_plan(kinds: list[str]) -> list[Segment]:
     A dynamic programme over cuts: a segment costs the length of its period, ties go to fewer segments.
     """
     count = len(kinds)
-    best: list[tuple[int, int, list[Segment]]] = [(0, 0, [])] + [(count + 1, 0, [])] * count
+    best: list[tuple[int, int, list[Segment]]] = [(0, 0, []), *[(count + 1, 0, [])] * count]
     for start in range(count):
         cost, pieces, plan = best[start]
         for period in range(1, count - start + 1):

@@ -116,7 +116,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     generator = load_generator(arguments.run_directory, best=arguments.best)
     length = arguments.max_tokens
     if length is None:
-        length = min(200, generator.context - len(generator.tokenizer.encode(arguments.prompt)))
+        length = min(200, generator.room(arguments.prompt))
     for seed in range(arguments.seed, arguments.seed + arguments.samples):
         pieces = generator.text(arguments.prompt, length, Sampling(**settings, seed=seed), arguments.stop)
         if arguments.json:

@@ -12,7 +12,7 @@ import runpy
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -190,7 +190,7 @@ def _check_types(config: Any, prefix: str) -> None:
         if spec.type is float and type(value) is int:
             value = float(value)
             setattr(config, spec.name, value)
-        _require(type(value) is spec.type, name, value, f"must be of type {spec.type.__name__}")
+        _require(type(value) is spec.type, name, value, f"must be of type {getattr(spec.type, '__name__', spec.type)}")
         if isinstance(value, float):
             _require(math.isfinite(value), name, value, "must be finite")
 
@@ -318,7 +318,7 @@ def save(config: Config, path: str | Path) -> None:
 
 def presets() -> list[str]:
     """Names that `load` takes: auto, and the files in `configs/`."""
-    return ["auto"] + sorted(path.stem for path in PRESET_DIRECTORY.glob("*.py") if not path.stem.startswith("_"))
+    return ["auto", *sorted(path.stem for path in PRESET_DIRECTORY.glob("*.py"))]
 
 
 def as_variant(config: Config, variant: str) -> Config:
@@ -383,7 +383,7 @@ def load(spec: str) -> Config:
 
 
 def override(config: Config, flags: list[str]) -> Config:
-    """Apply flags such as `--config.model.num_layers=4` in place and return the validated config.
+    """A validated copy of `config` with flags such as `--config.model.num_layers=4` applied.
 
     Raises:
         ConfigError: a field does not exist (the nearest name is suggested) or the value is not of its type.
@@ -404,11 +404,12 @@ def override(config: Config, flags: list[str]) -> Config:
     try:
         config_flags.DEFINE_config_dataclass("config", config, flag_values=values)
         values(sys.argv)
+        changed = cast(Config, values["config"].value)
     except (absl_flags.Error, ValueError, TypeError) as error:
         raise ConfigError(str(error).removeprefix("flag --config.")) from error
     finally:
         sys.argv = saved
-    return validate(values["config"].value)
+    return validate(changed)
 
 
 def _check_field(config: Any, dotted: str) -> None:

@@ -29,7 +29,7 @@ def at_least_float32(x: jax.Array) -> jax.Array:
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis, computed in float32 (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, scale: nnx.Param, eps: float):
+    def __init__(self, scale: nnx.Variable, eps: float):
         self.scale = scale
         self.eps = eps
 
@@ -87,7 +87,7 @@ def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT):
 class Attention(nnx.Module):
     """Queries, keys and values without bias; optional RMSNorm on each query and key head."""
 
-    def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Param]):
+    def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Variable]):
         self.query, self.key, self.value, self.output = (param(f"attention.{n}") for n in ("query", "key", "value", "output"))
         self.rope_theta = model.rope_theta
         if model.qk_norm:
@@ -95,7 +95,7 @@ class Attention(nnx.Module):
             self.key_norm = RMSNorm(param("attention.key_norm.scale"), model.norm_eps)
 
     def __call__(self, x_BTD, segments_BT, positions_BT, cache: Cache | None = None, start=0):
-        """Returns ([B, T, D], cache). With a cache, x is written at indices start to start + T - 1 and attends to all before."""
+        """Returns ([B, T, D], cache). With a cache, x takes indices start to start + T - 1 and sees all before."""
         dtype = x_BTD.dtype
         q_BTHh = jnp.einsum("btd,dnh->btnh", x_BTD, self.query.astype(dtype))
         k_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.key.astype(dtype))

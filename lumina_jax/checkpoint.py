@@ -84,7 +84,8 @@ def _check_fits(manager: ocp.CheckpointManager, step: int, like: TrainState) -> 
     for name in sorted(found.keys() | wanted.keys()):
         if found.get(name) != wanted.get(name):
             raise CheckpointError(
-                f"{manager.directory}/{step}: {name} is {found.get(name, 'missing')}, the model needs {wanted.get(name, 'none')}"
+                f"{manager.directory}/{step}: {name} is {found.get(name, 'missing')}, "
+                f"the model needs {wanted.get(name, 'none')}"
             )
 
 

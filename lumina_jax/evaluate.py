@@ -1,7 +1,5 @@
 """Held-out loss, weighted by tokens, under the routing that generation uses."""
 
-import gzip
-import lzma
 import math
 from collections.abc import Callable
 from typing import Any
@@ -38,12 +36,4 @@ def evaluate(
         "tokens": int(weight),
         "bytes": count,
         **({"mod_capacity": capacity.tolist()} if capacity.size else {}),
-    }
-
-
-def compressors(text: bytes) -> dict[str, float]:
-    """Bits a byte that general compressors need for the same text, which they may read as a whole."""
-    return {
-        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
     }

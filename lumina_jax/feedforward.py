@@ -6,7 +6,6 @@ D model width, F feed-forward width.
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
@@ -15,7 +14,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"swiglu": jax.nn.sil
 class FeedForward(nnx.Module):
     """SwiGLU or GeGLU (Shazeer, 2020), on [..., D]."""
 
-    def __init__(self, name: str, activation: str, param: Callable[[str], nnx.Param]):
+    def __init__(self, name: str, activation: str, param: Callable[[str], nnx.Variable]):
         self.gate, self.up, self.down = (param(f"{name}.{n}") for n in ("gate", "up", "down"))
         self.activation = activation
 

@@ -128,8 +128,8 @@ class Generator:
         """
         if len(prompt) + max_tokens > self.context:
             raise UsageError(
-                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the {self.context} positions the model was trained "
-                f"on; at most {max(0, self.context - len(prompt))} new ones fit"
+                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the {self.context} positions that the model was "
+                f"trained on; at most {max(0, self.context - len(prompt))} new ones fit"
             )
         if max_tokens < 1:
             return
@@ -156,6 +156,10 @@ class Generator:
         seen_V[list(prompt)] = True
         caches = make_caches(self.config.model, 1, max(cache_length, T), self.dtype)
         return self._prefill(self.variables, tokens_1T, len(prompt), caches, jnp.asarray(seen_V), knobs, key)
+
+    def room(self, prompt: str) -> int:
+        """How many tokens may follow `prompt`."""
+        return max(0, self.context - len(self.tokenizer.encode(prompt)))
 
     def text(self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[str]:
         """Yield the continuation of `prompt` in whole characters, ending before the first of the `stop` strings."""

@@ -24,7 +24,7 @@ def select_top(logit_BT, count: int):
 class MoD(nnx.Module):
     """Router of one layer: gate g = sigmoid(w . z + b) of the normalised input z."""
 
-    def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Param]):
+    def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Variable]):
         self.router = param("mod.router")
         self.bias = param("mod.bias")
         self.capacity = model.mod.capacity

@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         Args:
             inputs_BT, segments_BT, positions_BT: token ids, documents and positions within them, int32.
             dtype: of activations and of the parameters as they are used.
-            training: MoE drops beyond its capacity, MoD selects the top of each row, dropout and jitter apply if `key` is given.
+            training: MoE drops beyond its capacity, MoD selects the top of each row; dropout and jitter need a `key`.
             remat: recompute each period of layers in the backward pass.
             caches: from `make_caches`; the tokens then take indices start to start + T - 1.
         """
@@ -145,7 +145,8 @@ def _in_layer_order(collected: list[tuple[range, Metrics]]) -> Metrics:
         parts = [(layers, metrics[group]) for layers, metrics in collected if group in metrics]
         if parts:
             order = np.argsort(np.concatenate([list(layers) for layers, _ in parts]))
-            joined[group] = jax.tree.map(lambda *a: jnp.concatenate(a)[order], *[metrics for _, metrics in parts])
+            together = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *[metrics for _, metrics in parts])
+            joined[group] = {name: array[order] for name, array in together.items()}
     return joined
 
 
@@ -172,8 +173,8 @@ def create(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Variables]:
         value = jnp.stack(values) if rows[0].name.startswith("blocks.") else values[0]
         return nnx.Param(value) if rows[0].trained else RouterBias(value)
 
-    graphdef, params, biases = nnx.split(Transformer(model, make), nnx.Param, RouterBias)
-    return graphdef, Variables(params, biases)
+    graphdef, *parts = nnx.split(Transformer(model, make), nnx.Param, RouterBias)
+    return graphdef, Variables(*parts)
 
 
 def merge(graphdef: nnx.GraphDef, variables: Variables) -> Transformer:
@@ -192,7 +193,7 @@ def canonical_names(plan: list[Segment], path: Any) -> list[str]:
 def by_canonical_name(model: ModelConfig, tree: nnx.State) -> dict[str, jax.Array]:
     """The arrays of a params-shaped (or biases-shaped) tree under their canonical names, a layer at a time."""
     plan = layer_plan(layer_kinds(model))
-    named = {}
+    named: dict[str, jax.Array] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         names = canonical_names(plan, path)
         named.update(zip(names, leaf if names[0].startswith("blocks.") else [leaf], strict=True))

@@ -1,5 +1,6 @@
 """AdamW, clipping and learning-rate schedules, from optax."""
 
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -30,9 +31,7 @@ def schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
         after = optax.linear_schedule(peak, last, rest)
     elif optim.schedule == "cosine_restarts":  # SGDR without growing cycles (Loshchilov and Hutter, 2017)
         starts = [round(rest * i / optim.restarts) for i in range(optim.restarts + 1)]
-        cycles = [
-            optax.cosine_decay_schedule(peak, max(1, b - a), optim.min_ratio) for a, b in zip(starts, starts[1:], strict=False)
-        ]
+        cycles = [optax.cosine_decay_schedule(peak, max(1, b - a), optim.min_ratio) for a, b in pairwise(starts)]
         after = optax.join_schedules(cycles, starts[1:-1])
     else:  # wsd: warm-up, stable, decay (MiniCPM, section 4)
         decay = max(1, round(steps * optim.decay_fraction))

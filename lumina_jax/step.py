@@ -107,7 +107,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
 
         def accumulate(index: Any):
             micro = jax.tree.map(lambda a: a[index], micros)
-            key = jax.random.fold_in(step_key, index) if random else None
+            key = jax.random.fold_in(step_key, index) if step_key is not None else None
             (_, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
                 state.variables.params, state.variables.biases, micro, weight, knobs, key
             )
@@ -134,7 +134,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
 
 
 def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nnx.State:
-    """Loss-free balancing (Wang et al., 2024): bias += rate * sign(mean load - load), centred, from the whole batch's counts."""
+    """Loss-free balancing (Wang et al., 2024): bias += rate * sign(mean load - load), centred; load is the whole batch's."""
     if not model.moe.bias_rate or "moe" not in metrics:
         return biases
     load_LE = metrics["moe"]["load_E"].astype(jnp.float32)  # the layers that have experts, in order

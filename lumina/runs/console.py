@@ -74,7 +74,7 @@ class Rate:
     def __init__(self, memory: float = 0.95):
         self.memory = memory
         self.seconds = self.tokens = 0.0
-        self._last = time.perf_counter()
+        self._last: float | None = time.perf_counter()
 
     def pause(self) -> None:
         """Do not count the time until the next step."""

@@ -10,6 +10,11 @@ def si(value: float) -> str:
     raise AssertionError
 
 
+def flops_per_second(value: float) -> str:
+    """461 GFLOP/s."""
+    return si(value).replace(" B", " G") + "FLOP/s"
+
+
 def gib(count: float) -> str:
     """Bytes in MiB or GiB."""
     return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{_three(count / 2**30)} GiB"

@@ -170,8 +170,8 @@ def test_receipts_state_the_computed_figures(name):
     rows = config.train.batch_size // config.train.micro_batches
     receipt = (
         f"Parameters: {si(count.mean_active)} mean active, {si(count.most_active)} most active, {si(count.total)} total.\n"
-        f"Memory, {rows} row{'s' if rows > 1 else ''} at a time: weights {gib(needed.weights)}, gradients {gib(needed.gradients)}, "
-        f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}.\n"
+        f"Memory, {rows} row{'s' if rows > 1 else ''} at a time: weights {gib(needed.weights)}, "
+        f"gradients {gib(needed.gradients)}, optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}.\n"
     )
     docstring = (PRESET_DIRECTORY / f"{name}.py").read_text(encoding="utf-8").split('"""')[1]
     assert receipt in docstring, f"if the change was meant, configs/{name}.py should say:\n{receipt}"

@@ -20,7 +20,14 @@ def lumina(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["params", "debug"]])
 def test_help_and_counting_import_nothing_heavy(arguments):
-    code = f"import sys, lumina.cli\ntry:\n    lumina.cli.run({arguments})\nexcept SystemExit:\n    pass\nprint(sorted(sys.modules), file=sys.stderr)"
+    code = f"""
+import sys, lumina.cli
+try:
+    lumina.cli.run({arguments})
+except SystemExit:
+    pass
+print(sorted(sys.modules), file=sys.stderr)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.strip(" '[]").split(".")[0] for name in done.stderr.split(",")}
     assert not loaded & HEAVY
@@ -80,8 +87,6 @@ def test_sampling_a_run_without_checkpoints_is_refused(tmp_path):
 
 
 def test_a_closed_pipe_is_no_error():
-    done = subprocess.run(
-        f"{sys.executable} -m lumina.cli params configs/*.py | head -1", shell=True, capture_output=True, text=True, check=False
-    )  # noqa: S602, a shell makes the pipe
-    assert done.stdout.startswith("config")
-    assert "Traceback" not in done.stderr
+    command = f"{sys.executable} -m lumina.cli params debug b14 | head -0"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""

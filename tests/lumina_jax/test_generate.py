@@ -153,7 +153,8 @@ def test_a_repetition_penalty_counts_prompt_and_new_tokens(hybrid, tokenizer, pe
     generator, last_logits = hybrid
     found = list(generator.tokens(prompt(5), 11, Sampling(temperature=0.0, repetition_penalty=penalty)))
     assert found == greedy(last_logits, tokenizer, prompt(5), 11, penalty)
-    assert (len({*prompt(5), *found}) == 16) == (penalty > 1)  # below 1 it makes them likelier
+    repeats = any(token in [*prompt(5), *found[:i]] for i, token in enumerate(found))
+    assert repeats == (penalty < 1)  # which makes them likelier
 
 
 def test_only_text_and_document_end_are_ever_drawn(generator, tokenizer):
@@ -204,7 +205,7 @@ def check_filter(fast_filter, logits, seen, allowed, knobs):
 
 
 def test_filters_keep_what_the_slow_oracle_keeps(fast_filter):
-    rng = random.Random(0)  # noqa: S311
+    rng = random.Random(0)
     for _ in range(300):
         # Few values, so that ties are common, and settings that no sum of probabilities hits exactly.
         logits = [rng.choice([-2.0, -0.5, 0.0, 0.5, 1.5, 3.0]) for _ in range(12)]
@@ -254,15 +255,18 @@ def test_an_impossible_setting_is_refused_by_name(setting, value):
 
 
 def test_too_long_a_request_is_refused_with_what_would_fit(generator):
-    with pytest.raises(UsageError, match="30 prompt tokens and 11 new ones exceed the 40 positions .* at most 10 new ones fit"):
+    with pytest.raises(
+        UsageError, match=r"30 prompt tokens and 11 new ones exceed the 40 positions .* at most 10 new ones fit"
+    ):
         list(generator.tokens(prompt(30), 11, GREEDY))
 
 
 def test_the_document_end_is_the_last_token(generator):
-    tokens = list(generator.tokens(prompt(5), 11, GREEDY))
+    tokens = list(generator.tokens(prompt(10), 14, GREEDY))
     ending = copy.copy(generator)
-    ending.end = next(token for i, token in enumerate(tokens) if i >= 2 and token not in tokens[:i])
-    assert list(ending.tokens(prompt(5), 11, GREEDY)) == tokens[: tokens.index(ending.end) + 1]
+    ending.end = tokens[5]
+    assert tokens.index(ending.end) == 5
+    assert list(ending.tokens(prompt(10), 14, GREEDY)) == tokens[:6]
 
 
 def test_no_new_tokens_are_none(generator):

@@ -1,0 +1,178 @@
+"""What a trainer tells: the table at the start, each step's record, the result. The same words whatever the backend."""
+
+import gzip
+import json
+import lzma
+import math
+import struct
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+
+from lumina.architecture import counts, layer_kinds, memory
+from lumina.config import Config, TrainConfig
+from lumina.data import Corpus
+from lumina.data.rows import Batches
+from lumina.runs.console import Console, Rate, table
+from lumina.runs.directory import RunDirectory, append_json
+from lumina.runs.metrics import MetricsLog
+from lumina.runs.units import flops_per_second, gib, si
+
+
+def opening(config: Config, run: RunDirectory, corpus: Corpus, batches: Batches, start: int, device: str, peak: float) -> str:
+    """The table that a run begins with: what is about to happen, and what was chosen and why."""
+    count, needed, train, model = counts(config), memory(config), config.train, config.model
+    kinds = layer_kinds(model)
+    tokens = train.batch_size * config.data.sequence_length
+    epochs = train.steps * train.batch_size / len(batches.rows)
+    manifest = corpus.manifest
+    chosen = "attention: chunked, in XLA (the only form yet)"
+    if any(kind.startswith("moe") for kind in kinds):
+        chosen += f"; experts: capacity {model.moe.capacity_factor:g} a row in training, dropless in evaluation"
+    if any(kind.endswith("mod") for kind in kinds):
+        chosen += f"; depth: the top {100 * model.mod.capacity:g}% of a row in training, causal in evaluation"
+    return table(
+        [
+            ("run", f"{run.path}, {'from step ' + str(start) if start else 'new'}"),
+            ("device", f"{device}; matmul peak {flops_per_second(peak)} in {train.compute_dtype}"),
+            ("layers", ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))),
+            (
+                "parameters",
+                f"{si(count.mean_active)} mean active, {si(count.most_active)} most active, {si(count.total)} total",
+            ),
+            ("FLOPs a token", f"{si(count.forward_flops)} forward, {si(count.training_flops)} training"),
+            (
+                "memory",
+                f"{gib(needed.total)} expected: weights {gib(needed.weights)}, gradients {gib(needed.gradients)}, "
+                f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}",
+            ),
+            (
+                "data",
+                f"{config.data.source}: {si(corpus.train.num_tokens)} tokens to train on, "
+                f"{si(corpus.held_out.num_tokens)} held out; "
+                f"{manifest['tokenizer']['name']}, {sum(manifest['rejects']['counts'].values())} records rejected",
+            ),
+            (
+                "batch",
+                f"{train.batch_size} rows x {config.data.sequence_length} = {tokens:,} tokens"
+                + (f" in {train.micro_batches} micro-batches" if train.micro_batches > 1 else ""),
+            ),
+            ("steps", f"{train.steps:,}: {si(train.steps * tokens)} tokens, {epochs:.2f} epochs"),
+            ("chosen", chosen),
+        ]
+    )
+
+
+class Reporter:
+    """Turns each step's metrics into the live line, metrics.jsonl and the ledger, one step late: the device never waits."""
+
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        console: Console,
+        log: MetricsLog,
+        batches: Batches,
+        token_bytes: np.ndarray,
+        peak: float,
+        fetch: Callable[[Any], Any],
+    ):
+        """`fetch` brings a step's metrics from the device to the host as numpy arrays."""
+        self.config, self.run, self.console, self.log, self.batches = config, run, console, log, batches
+        self.token_bytes, self.peak, self.fetch = token_bytes, peak, fetch
+        self.tokens = config.train.batch_size * config.data.sequence_length
+        self.flops = counts(config).training_flops
+        self.rate = Rate()
+        self.pending: tuple[int, int, Any] | None = None
+
+    def dispatched(self, step: int, batch: dict[str, np.ndarray], metrics: Any) -> None:
+        """Step `step` is under way; report the one before it."""
+        self.flush()
+        self.pending = (step, int(self.token_bytes[batch["targets"]].sum()), metrics)
+
+    def pause(self) -> None:
+        """What comes until the next step is not training, and does not count in the rate."""
+        self.rate.pause()
+
+    def flush(self) -> None:
+        """Report the step under way, waiting for it."""
+        if self.pending is None:
+            return
+        step, text_bytes, metrics = self.pending
+        self.pending = None
+        metrics = self.fetch(metrics)
+        speed = self.rate.step(self.tokens)
+        loss = float(metrics["loss"])
+        record = {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": loss * self.tokens / math.log(2) / max(text_bytes, 1),
+            **{name: float(metrics[name]) for name in ("accuracy", "learning_rate", "gradient_norm")},
+            "tokens_per_second": speed,
+            "peak_fraction": speed * self.flops / self.peak,
+        }
+        logged = step % self.config.monitor.log_every == 0 or step == self.config.train.steps
+        left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
+        self.console.progress({**record, "seconds_left": left}, logged)
+        rows = sha256(self.batches.row_numbers(step - 1).astype("<i8").tobytes()).hexdigest()[:16]
+        append_json(self.run.ledger, {"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows})
+        if logged:
+            self.log.write("train", {**record, **_routing(metrics)})
+
+
+def _routing(metrics: dict[str, Any]) -> dict[str, list]:
+    """The routers' metrics by layer: of experts their load (share of choices) and drops, of depth its causal capacity."""
+    flat = {}
+    for group in ("moe", "mod"):
+        for name, values in metrics.get(group, {}).items():
+            if name == "load_E":
+                flat[f"{group}_load"] = (values / values.sum(axis=-1, keepdims=True)).tolist()
+            else:
+                flat[f"{group}_{name}"] = values.tolist()
+    return flat
+
+
+def compressors(text: bytes) -> dict[str, float]:
+    """Bits a byte that general compressors need for the same text, which they may read as a whole."""
+    return {
+        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+
+
+def evaluated_text(corpus: Corpus, held_out: Batches) -> bytes:
+    """The very bytes that an evaluation of all rows counts: those of its targets."""
+    tokens = corpus.held_out.read(1, len(held_out.rows) * held_out.rows.sequence_length + 1)
+    return corpus.tokenizer.decode_bytes(tokens)
+
+
+def figures(result: dict[str, Any]) -> str:
+    """An evaluation in one line."""
+    return (
+        f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, bits/byte {result['bits_per_byte']:.3f}, "
+        f"accuracy {100 * result['accuracy']:.1f}% over {result['tokens']:,} tokens"
+    )
+
+
+def finished(run: RunDirectory, train: TrainConfig, step: int) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do at `step`."""
+    if not run.result.is_file():
+        return None
+    result = json.loads(run.result.read_text(encoding="utf-8"))
+    enough = step >= train.steps or (result["stopped_early"] and train.early_stopping > 0)
+    return result if result["step"] == step and enough else None
+
+
+def print_result(run: RunDirectory, result: dict[str, Any]) -> None:
+    """Samples, held-out figures beside the compressors', and the next command."""
+    for number, sample in enumerate(result["samples"], 1):
+        print(f"\n--- sample {number} " + "-" * 60 + f"\n{sample}")
+    print("-" * 73)
+    held_out = result["held_out"]
+    print(f"step {result['step']}, held out: {figures(held_out)}")
+    if "compressors" in result:
+        others = ", ".join(f"{name} {bits:.3f}" for name, bits in result["compressors"].items())
+        print(f"bits/byte of the same {held_out['bytes']:,} bytes: this model {held_out['bits_per_byte']:.3f}, {others}")
+    print(f'next: .venv/bin/lumina sample {run.path} --prompt "class Stack:"')
