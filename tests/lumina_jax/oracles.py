@@ -34,6 +34,15 @@ def assert_gradients(loss, arrays, gradients, tolerance=1e-5, step=1e-6):
         assert difference <= tolerance * np.linalg.norm(gradient), f"{name}: slope off by {difference:.3g}"
 
 
+def equations(jaxpr):
+    """Every equation of a jaxpr and of those inside it: where precision is part of the promise, as compilers may exceed it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            if hasattr(value, "jaxpr"):
+                yield from equations(value.jaxpr)
+
+
 def random_weights(tensors: list[Tensor], seed: int = 0) -> dict[str, np.ndarray]:
     """Values for every tensor, float32 and none at its neutral value: norm scales away from 1, biases away from 0."""
     rng = np.random.default_rng(seed)

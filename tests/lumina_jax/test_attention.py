@@ -12,7 +12,7 @@ from lumina.architecture import block_tensors
 from lumina.config import ModelConfig
 from lumina_jax.attention import Attention, Cache, RMSNorm, attend, rotary
 from tests.lumina_jax import oracles
-from tests.lumina_jax.oracles import assert_close, assert_gradients
+from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 
 H, K, h = 4, 2, 6
 MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=h, rope_theta=100.0, qk_norm=True)
@@ -88,17 +88,9 @@ def test_a_packed_row_of_one_token_documents_returns_its_own_values():
 def test_softmax_runs_in_float32_for_bfloat16_inputs():
     q, k, v = (jnp.ones((1, T, n, h), jnp.bfloat16) for n in (H, K, K))
     jaxpr = jax.make_jaxpr(attend)(q, k, v, np.zeros((1, T), np.int32))
-    exponentials = [eqn.outvars[0].aval.dtype for eqn in _equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
+    exponentials = [eqn.outvars[0].aval.dtype for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
     assert exponentials == [jnp.float32]
     assert jaxpr.out_avals[0].dtype == jnp.bfloat16
-
-
-def _equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in eqn.params.values():
-            if hasattr(value, "jaxpr"):
-                yield from _equations(value.jaxpr)
 
 
 # ------------------------------------------------------------------------------------------------------------ module

@@ -9,7 +9,7 @@ import pytest
 
 import lumina_jax.loss
 from lumina_jax.loss import cross_entropy
-from tests.lumina_jax.oracles import assert_close, assert_gradients
+from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 
 N, D, V = 10, 4, 9
 rng = np.random.default_rng(0)
@@ -87,11 +87,17 @@ def test_bfloat16_hidden_gives_float32_sums():
     hidden_ND, head_DV = jnp.asarray(HIDDEN_ND, jnp.bfloat16), jnp.asarray(HEAD_DV, jnp.bfloat16)
     sums, gradients = _gradients(hidden_ND=hidden_ND, head_DV=head_DV)
     assert sums.loss.dtype == sums.correct.dtype == jnp.float32
-    assert_close(sums.loss, _oracle(hidden_ND, head_DV)[0])  # the logits are float32 too, so this is not a bfloat16's 1e-2
+    assert_close(sums.loss, _oracle(hidden_ND, head_DV)[0])
     _, wide = _gradients(hidden_ND=hidden_ND.astype(jnp.float32), head_DV=head_DV.astype(jnp.float32))
     for name, gradient in gradients.items():
         assert gradient.dtype == jnp.bfloat16
         assert_close(gradient, wide[name], 2e-2)
+
+
+def test_logits_of_bfloat16_are_float32():
+    jaxpr = jax.make_jaxpr(cross_entropy)(HIDDEN_ND.astype(jnp.bfloat16), HEAD_DV.astype(jnp.bfloat16), TARGETS_N, WEIGHTS_N)
+    products = [eqn.outvars[0].aval.dtype for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "dot_general"]
+    assert products == [jnp.float32]
 
 
 def test_float64_is_kept_throughout():
