@@ -108,6 +108,7 @@ def _sample(arguments: argparse.Namespace) -> None:
     for flag, value in (("--samples", arguments.samples), ("--max-tokens", arguments.max_tokens)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} = {value}: must be at least 1")
+    from lumina.runs.console import printable
     from lumina_jax.generate import Sampling, load_generator
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -124,7 +125,7 @@ def _sample(arguments: argparse.Namespace) -> None:
             continue
         print(arguments.prompt, end="", flush=True)
         for piece in pieces:
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
 
 

@@ -15,7 +15,7 @@ from lumina.data.loader import prefetch
 from lumina.data.rows import Batches, Rows
 from lumina.errors import exit_with
 from lumina.flags import parse
-from lumina.runs.console import Console
+from lumina.runs.console import Console, printable
 from lumina.runs.directory import RunDirectory
 from lumina.runs.metrics import MetricsLog
 
@@ -112,7 +112,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
             reporter.flush()
             stop = look(state, step) if evaluating else False
             if sampling:
-                console.say(sample(state, step, 1)[0])
+                console.say(printable(sample(state, step, 1)[0]))
             if saving or stop:
                 checkpoints.save(step, state, progress)
             reporter.pause()

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import time
+import unicodedata
 from typing import TextIO
 
 from lumina.runs.units import duration, si
@@ -14,6 +15,11 @@ def table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:>{width}}  {value.replace(chr(10), chr(10) + ' ' * (width + 2))}" for name, value in rows)
 
 
+def printable(text: str) -> str:
+    """`text` with control characters spelled out, so that what a model writes cannot steer the terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}" for c in text)
+
+
 class Console:
     """Prints the state of a run: a line that rewrites itself on a terminal, a line at each log step elsewhere."""
 
@@ -21,14 +27,14 @@ class Console:
         self.steps = steps
         self.stream = stream
         self.live = stream.isatty()
-        self._pending = ""
+        self._open = False
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        self._clear()
+        if self._open:
+            self.stream.write("\r\x1b[K")
+        self._open = False
         print(text, file=self.stream, flush=True)
-        if self._pending:
-            self._write(self._pending)
 
     def status(self, text: str) -> None:
         """A passing line, such as how far the data is prepared; elsewhere than on a terminal, a plain line."""
@@ -40,11 +46,10 @@ class Console:
     def progress(self, record: dict[str, float], logged: bool) -> None:
         """Show a training step. `record` has step, loss, bits_per_byte, learning_rate, gradient_norm, tokens_per_second,
         peak_fraction and seconds_left."""
-        line = (
-            f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  loss {record['loss']:.4f}  "
-            f"bits/byte {record['bits_per_byte']:.3f}  lr {record['learning_rate']:.2e}  "
-            f"grad {record['gradient_norm']:.2f}  {si(record['tokens_per_second'])} tok/s  "
-            f"peak {100 * record['peak_fraction']:.0f}%  eta {duration(record['seconds_left'])}"
+        line = (  # what a narrow terminal cuts off comes last
+            f"step {record['step']:>{len(str(self.steps))}}/{self.steps}  eta {duration(record['seconds_left'])}  "
+            f"loss {record['loss']:.3f}  bits/byte {record['bits_per_byte']:.3f}  {si(record['tokens_per_second'])} tok/s  "
+            f"peak {100 * record['peak_fraction']:.0f}%  lr {record['learning_rate']:.1e}  grad {record['gradient_norm']:.2f}"
         )
         if self.live:
             self._write(line)
@@ -53,19 +58,15 @@ class Console:
 
     def done(self) -> None:
         """Leave the live line as it stands."""
-        if self.live and self._pending:
+        if self.live and self._open:
             print(file=self.stream, flush=True)
-        self._pending = ""
+        self._open = False
 
     def _write(self, line: str) -> None:
         width = shutil.get_terminal_size().columns - 1
-        self._pending = line
+        self._open = True
         self.stream.write("\r\x1b[K" + line[:width])
         self.stream.flush()
-
-    def _clear(self) -> None:
-        if self.live and self._pending:
-            self.stream.write("\r\x1b[K")
 
 
 class Rate:

@@ -15,7 +15,7 @@ from lumina.architecture import counts, layer_kinds, memory
 from lumina.config import Config, TrainConfig
 from lumina.data import Corpus
 from lumina.data.rows import Batches
-from lumina.runs.console import Console, Rate, table
+from lumina.runs.console import Console, Rate, printable, table
 from lumina.runs.directory import RunDirectory, append_json
 from lumina.runs.metrics import MetricsLog
 from lumina.runs.units import flops_per_second, gib, si
@@ -168,7 +168,7 @@ def finished(run: RunDirectory, train: TrainConfig, step: int) -> dict[str, Any]
 def print_result(run: RunDirectory, result: dict[str, Any]) -> None:
     """Samples, held-out figures beside the compressors', and the next command."""
     for number, sample in enumerate(result["samples"], 1):
-        print(f"\n--- sample {number} " + "-" * 60 + f"\n{sample}")
+        print(f"\n--- sample {number} " + "-" * 60 + f"\n{printable(sample)}")
     print("-" * 73)
     held_out = result["held_out"]
     print(f"step {result['step']}, held out: {figures(held_out)}")

@@ -3,8 +3,6 @@
 B rows, T positions, V vocabulary.
 """
 
-import gzip
-import lzma
 import math
 
 import jax
@@ -12,7 +10,7 @@ import numpy as np
 import pytest
 
 from lumina.data.rows import Batches, Rows
-from lumina_jax.evaluate import compressors, evaluate
+from lumina_jax.evaluate import evaluate
 from lumina_jax.model import by_canonical_name
 from lumina_jax.step import init_state, make_eval_step, state_shapes
 from tests.lumina_jax import oracles
@@ -136,16 +134,3 @@ def test_the_same_rows_cost_the_same_in_any_batches(hybrid):
     whole, padded = (evaluate(step, variables, held_out(size), TOKEN_BYTES, 0) for size in (7, 4))
     for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens", "bytes"):
         assert padded[name] == pytest.approx(whole[name], rel=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------- compressors
-
-
-def test_compressors_give_bits_a_byte():
-    text = "".join(f"line {i * i}\n" for i in range(2000)).encode()
-    found = compressors(text)
-    assert found == {
-        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
-        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
-    }
-    assert 0 < found["xz -9"] < found["gzip -9"] < 8

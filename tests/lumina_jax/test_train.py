@@ -374,7 +374,7 @@ REFUSALS = {
     "sequence_longer_than_the_data": (4, "data.sequence_length = 5000: a row takes 5001 tokens", "short.json"),
     "vocabulary_smaller_than_the_tokenizer": (
         3,
-        "model.vocab_size = 280: must be at least tokenizer bpe-290's 290",
+        "model.vocab_size = 280: must be at least tokenizer bpe-290's",
         "small.json",
     ),
     "vocabulary_smaller_than_bytes": (3, "model.vocab_size = 100: must be at least 262", "bytes.json"),
