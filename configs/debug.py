@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/debug.py --workdir runs/debug
 
 Parameters: 494 K mean active, 699 K most active, 3.97 M total.
-Memory, 8 rows at a time: weights 15 MiB, gradients 30 MiB, optimizer 30 MiB, activations 85 MiB.
+Memory, 8 rows at a time: weights 15 MiB, gradients 15 MiB, optimizer 30 MiB, activations 85 MiB.
 """
 
 from lumina.config import (
@@ -13,6 +13,7 @@ from lumina.config import (
     MoDConfig,
     ModelConfig,
     MoEConfig,
+    MonitorConfig,
     OptimConfig,
     TrainConfig,
     as_variant,
@@ -29,11 +30,13 @@ def get_config(variant: str = "") -> Config:
         num_kv_heads=1,
         head_dim=64,
         d_ff=608,
+        embedding_std=0.1,
         moe=MoEConfig(pattern="all", num_experts=8, top_k=1),
         mod=MoDConfig(pattern="all", capacity=0.5625),
     )
     data = DataConfig(sequence_length=256, held_out=0.04)
-    optim = OptimConfig(learning_rate=4e-3, warmup_steps=50)
-    # Eight rows at a time keep the activations in a CPU's cache.
-    train = TrainConfig(steps=1000, batch_size=16, micro_batches=2, eval_every=250)
-    return as_variant(Config(model, data, optim, train, CheckpointConfig(every=250)), variant)
+    optim = OptimConfig(learning_rate=4e-3, schedule="wsd", decay_fraction=0.3, min_ratio=0.0, warmup_steps=50)
+    # Many small steps: eight rows at a time also keep the activations in a CPU's cache.
+    train = TrainConfig(steps=2000, batch_size=8, eval_every=500)
+    monitor = MonitorConfig(log_every=50, sample_every=500)
+    return as_variant(Config(model, data, optim, train, CheckpointConfig(every=500), monitor), variant)

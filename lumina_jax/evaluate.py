@@ -27,7 +27,7 @@ def evaluate(
         count += int(token_bytes[batch["targets"][batch["weights"] > 0]].sum())
     totals = jax.device_get(totals)
     loss, correct, weight = (sum(float(t[name]) for t in totals) for name in ("loss", "correct", "weight"))
-    capacity = np.average([t["causal_capacity"] for t in totals], axis=0, weights=[float(t["weight"]) for t in totals])
+    capacity = sum(t["taken_L"] for t in totals) / weight
     return {
         "loss": loss / weight,
         "perplexity": math.exp(min(loss / weight, 700)),

@@ -134,7 +134,13 @@ class Generator:
         if max_tokens < 1:
             return
         key = jax.random.key(sampling.seed)
-        knobs = Knobs(sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, sampling.repetition_penalty)
+        knobs = Knobs(
+            float(sampling.temperature),
+            sampling.top_k,
+            float(sampling.top_p),
+            float(sampling.min_p),
+            float(sampling.repetition_penalty),
+        )
         if not prompt:
             first, _, _ = self._start([self.end], 16, knobs, key)
             yield int(first)

@@ -61,7 +61,8 @@ class MoD(nnx.Module):
         target_BT = selected_BT.astype(wide_BTD.dtype)
         own = {
             "predictor_loss": jnp.mean(jax.nn.softplus(causal_logit_BT) - target_BT * causal_logit_BT),
-            "causal_capacity": jnp.mean((logit_BT > 0).astype(jnp.float32)),
+            # Apart by row in evaluation, where a batch may be padded with rows that do not count.
+            "causal_capacity": jnp.mean((logit_BT > 0).astype(jnp.float32), axis=None if training else 1),
             "agreement": jnp.mean(((logit_BT > 0) == selected_BT).astype(jnp.float32)),
         }
         return out_BTD, metrics, own

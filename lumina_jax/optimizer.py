@@ -34,8 +34,8 @@ def schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
         cycles = [optax.cosine_decay_schedule(peak, max(1, b - a), optim.min_ratio) for a, b in pairwise(starts)]
         after = optax.join_schedules(cycles, starts[1:-1])
     else:  # wsd: warm-up, stable, decay (MiniCPM, section 4)
-        decay = max(1, round(steps * optim.decay_fraction))
-        stable = max(0, rest - decay)
+        decay = min(rest, max(1, round(steps * optim.decay_fraction)))
+        stable = rest - decay
         after = optax.join_schedules([optax.constant_schedule(peak), optax.linear_schedule(peak, last, decay)], [stable])
     if not warmup:
         return after

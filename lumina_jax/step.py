@@ -151,7 +151,7 @@ def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nn
 
 
 def make_eval_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -> Callable:
-    """eval_step(variables, batch) -> sums over tokens of loss, correct and weight, and MoD's realised capacity a layer.
+    """eval_step(variables, batch) -> sums over tokens of loss, correct, weight, and of those that each MoD layer takes.
 
     Routing is causal and nothing is dropped, as in generation.
     """
@@ -162,7 +162,12 @@ def make_eval_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) ->
         hidden_BTD, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=dtype)
         flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         sums = cross_entropy(flat, model.head_DV(dtype), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
-        capacity = metrics["mod"]["causal_capacity"] if "mod" in metrics else jnp.zeros((0,))
-        return {"loss": sums.loss, "correct": sums.correct, "weight": jnp.sum(batch["weights"]), "causal_capacity": capacity}
+        capacity_LB = metrics["mod"]["causal_capacity"] if "mod" in metrics else jnp.zeros((0, batch["inputs"].shape[0]))
+        return {
+            "loss": sums.loss,
+            "correct": sums.correct,
+            "weight": jnp.sum(batch["weights"]),
+            "taken_L": capacity_LB @ jnp.sum(batch["weights"], axis=1),
+        }
 
     return eval_step

@@ -17,7 +17,7 @@ def flops_per_second(value: float) -> str:
 
 def gib(count: float) -> str:
     """Bytes in MiB or GiB."""
-    return f"{count / 2**20:.0f} MiB" if count < 2**30 else f"{_three(count / 2**30)} GiB"
+    return f"{count / 2**20:.0f} MiB" if count < 1023.5 * 2**20 else f"{_three(count / 2**30)} GiB"
 
 
 def duration(seconds: float) -> str:

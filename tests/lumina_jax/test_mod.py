@@ -105,8 +105,9 @@ def test_ties_choose_the_earlier_position():
 
 def test_tied_rows_still_select_exactly_the_count():
     weights = {"mod.router": np.zeros(D, np.float32), "mod.bias": np.float32(0.3)}
-    out_BTD, _, _ = _run(_model(), weights, Z_BTD, True)
+    out_BTD, own, _ = _run(_model(), weights, Z_BTD, True)
     assert np.any(np.asarray(out_BTD) != 0, axis=-1).tolist() == [[True] * 4 + [False] * 3] * B
+    assert_close(own["agreement"], 4 / T, 1e-6)  # the router wants all: membership is what was selected
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -177,6 +178,15 @@ def test_metrics_equal_the_oracle(training):
         assert_close(own[name], np.mean([row[name] for row in rows]))
     assert 0 < own["causal_capacity"] < 1
     assert (own["agreement"] < 1) == training
+
+
+def test_router_of_bfloat16_runs_in_float32():
+    z_BTD = jnp.asarray(Z_BTD, jnp.bfloat16)
+    own = jax.jit(lambda w, z: _apply(_model(), w, z, lambda z: (z, {}), True)[2])(WEIGHTS, z_BTD)
+    w = {name: np.asarray(a, np.float64) for name, a in WEIGHTS.items()}
+    rows = [oracles.mod(_model(), w, z_TD, lambda z: (z, {}), True)[2] for z_TD in np.asarray(z_BTD, np.float64)]
+    assert own["predictor_loss"].dtype == jnp.float32
+    assert_close(own["predictor_loss"], np.mean([row["predictor_loss"] for row in rows]))
 
 
 def test_predictor_loss_teaches_the_router_and_nothing_below_it():
