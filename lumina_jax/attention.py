@@ -58,7 +58,8 @@ def attend_reference(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offse
     B, T, H, h = q_BTHh.shape
     S, K = k_BSKh.shape[1:3]
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
-    scores_BKGTS = at_least_float32(jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh)) / math.sqrt(h)
+    wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)  # scores are not rounded to bfloat16 on their way to the softmax
+    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=wide) / math.sqrt(h)
     causal_TS = offset + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
     visible_BTS = causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
     weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)

@@ -29,7 +29,7 @@ def _chunks(hidden_ND, targets_N, weights_N):
     def split(x):
         return jnp.pad(x, [(0, pad)] + [(0, 0)] * (x.ndim - 1)).reshape(chunks, size, *x.shape[1:])
 
-    return split(hidden_ND), split(targets_N), split(weights_N)
+    return split(hidden_ND), split(targets_N), split(weights_N.astype(at_least_float32(hidden_ND).dtype))
 
 
 def _logits(hidden_nD, head_DV):
@@ -59,7 +59,7 @@ def cross_entropy(hidden_ND, head_DV, targets_N, weights_N) -> TokenSums:
         sums, _ = _sums(_logits(h_nD, head_DV), t_n, w_n)
         return jax.tree.map(jnp.add, total, sums), None
 
-    zero = jnp.zeros((), at_least_float32(weights_N).dtype)
+    zero = jnp.zeros((), at_least_float32(hidden_ND).dtype)
     return jax.lax.scan(step, TokenSums(zero, zero), _chunks(hidden_ND, targets_N, weights_N))[0]
 
 
@@ -74,7 +74,7 @@ def _forward(hidden_ND, head_DV, targets_N, weights_N):
         dhead_DV += jnp.matmul(h_nD.T, dlogits_nV, preferred_element_type=dhead_DV.dtype)
         return (jax.tree.map(jnp.add, total, sums), dhead_DV), dlogits_nV @ head_DV.T
 
-    zero = jnp.zeros((), at_least_float32(weights_N).dtype)
+    zero = jnp.zeros((), at_least_float32(hidden_ND).dtype)
     start = (TokenSums(zero, zero), jnp.zeros(head_DV.shape, jnp.promote_types(head_DV.dtype, jnp.float32)))
     (total, dhead_DV), dhidden_cnD = jax.lax.scan(step, start, _chunks(hidden_ND, targets_N, weights_N))
     dhidden_ND = dhidden_cnD.reshape(-1, hidden_ND.shape[1])[: hidden_ND.shape[0]]

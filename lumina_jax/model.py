@@ -166,7 +166,8 @@ def create(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Variables]:
     def initial(tensor: Tensor) -> jax.Array:
         if tensor.std is None:
             return jnp.full(tensor.shape, tensor.constant, jnp.float32)
-        return tensor.std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(tensor.name.encode())), tensor.shape)
+        own_key = jax.random.fold_in(key, zlib.crc32(tensor.name.encode()))
+        return tensor.std * jax.random.normal(own_key, tensor.shape, jnp.float32)
 
     def make(rows: list[Tensor]) -> nnx.Variable:
         values = [initial(tensor) for tensor in rows]
