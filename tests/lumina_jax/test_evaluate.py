@@ -42,7 +42,7 @@ def counting_step(variables, batch):
         "loss": np.sum(weights * NATS[targets]),
         "correct": np.sum(weights * (targets % 2 == 0)),
         "weight": np.sum(weights),
-        "causal_capacity": np.zeros(0),
+        "taken_L": np.zeros(0),
     }
 
 
@@ -70,8 +70,8 @@ def test_only_the_first_rows_are_read_when_asked():
 
 def test_depth_capacity_is_averaged_by_the_tokens_of_each_batch():
     def step(variables, batch):
-        full = batch["weights"].all()
-        return counting_step(variables, batch) | {"causal_capacity": np.array([0.25, 1.0]) if full else np.array([0.5, 0.0])}
+        shares = np.array([0.25, 1.0]) if batch["weights"].all() else np.array([0.5, 0.0])
+        return counting_step(variables, batch) | {"taken_L": shares * batch["weights"].sum()}
 
     found = evaluate(step, None, held_out(4), TOKEN_BYTES, 0)["mod_capacity"]  # a batch of 4 rows, and one of 3
     assert found == pytest.approx([(4 * 0.25 + 3 * 0.5) / 7, 4 / 7], rel=1e-12)
@@ -114,7 +114,14 @@ def test_the_step_sums_what_the_oracle_finds_under_causal_routing(hybrid):
     assert_close(found["loss"], np.sum(batch["weights"] * nats), 5e-6)
     assert float(found["weight"]) == batch["weights"].sum()
     assert float(found["correct"]) == np.sum(batch["weights"] * (np.argmax(logits, axis=-1) == batch["targets"]))
-    assert_close(found["causal_capacity"], metrics["mod"]["causal_capacity"], 1e-6)
+    apart = [
+        oracles.transformer(
+            config.model, named, *(batch[n][b : b + 1] for n in ("inputs", "segments", "positions")), training=False
+        )
+        for b in range(len(batch["inputs"]))
+    ]
+    shares_BL = np.stack([metrics["mod"]["causal_capacity"] for _, metrics in apart])
+    assert_close(found["taken_L"], batch["weights"].sum(axis=1) @ shares_BL, 1e-6)
     assert (metrics["mod"]["causal_capacity"] > 0).all()
     assert (metrics["mod"]["causal_capacity"] < 1).all()
 

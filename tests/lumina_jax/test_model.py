@@ -98,6 +98,8 @@ def test_every_kind_of_layer_equals_the_slow_transformer(kind, training):
     for group in expected:
         assert set(metrics[group]) == set(expected[group])
         for name, values in metrics[group].items():
+            if name == "causal_capacity" and not training:  # apart by row
+                values = np.mean(values, axis=1)
             assert_close(values, expected[group][name])
 
 
