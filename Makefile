@@ -10,7 +10,7 @@ BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 LOCKED := pyproject.toml requirements.lock
 
-.PHONY: help setup setup-dev train test check format bench lock hooks clean
+.PHONY: help setup setup-dev train test check mutants format bench lock hooks clean
 .NOTPARALLEL:
 
 help: ## list these tasks
@@ -31,6 +31,9 @@ check: $(VENV)/.dev ## lint (with security rules), formatting, types
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m mypy
+
+mutants: $(VENV)/.dev ## plant known mistakes and see the tests catch each; ARGS='tied head' plants some
+	$(BIN) tests/mutants.py $(if $(ARGS),'$(ARGS)')
 
 format: $(VENV)/.dev ## format the code, and sort its imports
 	$(BIN) -m ruff check --select I --fix --quiet .

@@ -116,10 +116,12 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
         if M == 1:
             grads, metrics = accumulate(0)
         else:
+
+            def add(index: Any, total: Any) -> Any:
+                return jax.tree.map(jnp.add, total, accumulate(index))
+
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(accumulate, 0))
-            grads, metrics = jax.lax.fori_loop(
-                0, M, lambda index, total: jax.tree.map(jnp.add, total, accumulate(index)), zeros
-            )
+            grads, metrics = jax.lax.fori_loop(0, M, add, zeros)
 
         with jax.named_scope("optimizer"):
             learning_rate = rate(state.step) * knobs.learning_rate_scale

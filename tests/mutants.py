@@ -1,0 +1,335 @@
+"""Plant known mistakes one at a time, and see that the suite catches each: make mutants [ARGS='part of a name']
+
+Each mistake is a replacement of text in a copy of the project; the tests named beside it must then fail. Exits 1 when one
+survives, or when the text to replace is no longer there: then the code has moved, and this list should follow.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ("lumina", "lumina_jax", "configs", "tests", "conftest.py", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    """A mistake, where it goes, and what must notice."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str  # a file below tests/
+
+
+STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.py", "lumina_jax/test_model.py"
+MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
+EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
+CHECKPOINT, ARCHITECTURE, TOKENIZER = "lumina_jax/test_checkpoint.py", "lumina/test_architecture.py", "lumina/test_tokenizer.py"
+
+MUTANTS = [
+    # ------------------------------------------------------------------------------------------------- loss and targets
+    Mutant(
+        "labels shifted twice, in the step",
+        "lumina_jax/step.py",
+        'micro["targets"].reshape(-1)',
+        'jnp.roll(micro["targets"], -1, axis=1).reshape(-1)',
+        STEP,
+    ),
+    Mutant(
+        "labels shifted twice, in the rows",
+        "lumina/data/rows.py",
+        "tokens[:, :-1].copy(), tokens[:, 1:].copy()",
+        "tokens[:, :-1].copy(), np.roll(tokens, -2, axis=1)[:, :-1].copy()",
+        STEP,
+    ),
+    Mutant(
+        "balance loss in the reported loss",
+        "lumina_jax/step.py",
+        '{"loss": loss, "accuracy"',
+        '{"loss": loss + _auxiliary(metrics, knobs), "accuracy"',
+        STEP,
+    ),
+    Mutant("padding of the last chunk counted", "lumina_jax/loss.py", "w_n[:, None] * (jnp.exp", "(jnp.exp", LOSS),
+    # ----------------------------------------------------------------------------------------------------- accumulation
+    Mutant(
+        "accumulation averages averages",
+        "lumina_jax/step.py",
+        "loss = sums.loss / weight\n",
+        'loss = sums.loss / jnp.sum(micro["weights"]) / M\n',
+        STEP,
+    ),
+    Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, M,", "fori_loop(0, M - 1,", STEP),
+    Mutant("router losses added up over micro-batches", "lumina_jax/step.py", "else a / M, metrics)", "else a, metrics)", STEP),
+    # -------------------------------------------------------------------------------------------------------- optimizer
+    Mutant(
+        "warm-up computed and not used",
+        "lumina_jax/optimizer.py",
+        "    return optax.join_schedules([lambda n: peak * (n + 1) / warmup, after], [warmup])",
+        "    return after",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "first update of rate zero", "lumina_jax/optimizer.py", "[lambda n: peak * (n + 1)", "[lambda n: peak * n", OPTIMIZER
+    ),
+    Mutant("schedule one step late", "lumina_jax/step.py", "rate(state.step) *", "rate(state.step - 1) *", STEP),
+    Mutant(
+        "decay on norms and embedding",
+        "lumina_jax/optimizer.py",
+        "lambda path, _: decayed[canonical_names(plan, path)[0]], params",
+        "lambda path, _: True, params",
+        OPTIMIZER,
+    ),
+    Mutant(
+        "clip without the square root",
+        "lumina_jax/optimizer.py",
+        "optax.clip_by_global_norm(optim.clip_norm) if",
+        "optax.stateless(lambda g, _: jax.tree.map("
+        "lambda x: x * jax.numpy.minimum(1.0, optim.clip_norm / optax.global_norm(g) ** 2), g)) if",
+        OPTIMIZER,
+    ),
+    Mutant("sign of the update flipped", "lumina_jax/step.py", "p - (learning_rate * d)", "p + (learning_rate * d)", STEP),
+    Mutant(
+        "router bias follows the load",
+        "lumina_jax/step.py",
+        "jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE",
+        "load_LE - jnp.mean(load_LE, axis=-1, keepdims=True)",
+        STEP,
+    ),
+    # -------------------------------------------------------------------------------------------------------- attention
+    Mutant(
+        "segment mask dropped",
+        "lumina_jax/attention.py",
+        "causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])",
+        "jnp.broadcast_to(causal_TS, (B, T, S))",
+        ATTENTION,
+    ),
+    Mutant(
+        "a query sees the next key",
+        "lumina_jax/attention.py",
+        "offset + jnp.arange(T)[:, None] >=",
+        "offset + 1 + jnp.arange(T)[:, None] >=",
+        ATTENTION,
+    ),
+    Mutant(
+        "rotation turned around",
+        "lumina_jax/attention.py",
+        "first * cos - second * sin",
+        "first * cos + second * sin",
+        ATTENTION,
+    ),
+    Mutant(
+        "positions counted through documents",
+        "lumina_jax/attention.py",
+        "angles = positions_BT[:, :, None, None]",
+        "angles = (0 * positions_BT + jnp.arange(positions_BT.shape[1]))[:, :, None, None]",
+        ATTENTION,
+    ),
+    Mutant(
+        "epsilon outside the root",
+        "lumina_jax/attention.py",
+        "jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)",
+        "1 / (jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True)) + self.eps)",
+        ATTENTION,
+    ),
+    # --------------------------------------------------------------------------------------------- Mixture-of-Experts
+    Mutant("top-1 gate renormalised", "lumina_jax/moe.py", "if moe.top_k > 1:", "if moe.top_k > 0:", MOE),
+    Mutant(
+        "gate with the selection bias",
+        "lumina_jax/moe.py",
+        "jnp.take_along_axis(scores_BTE, experts_BTk, axis=-1)",
+        "jnp.take_along_axis(scores_BTE + bias_E, experts_BTk, axis=-1)",
+        MOE,
+    ),
+    Mutant(
+        "ties go to the higher expert",
+        "lumina_jax/moe.py",
+        "    _, experts_BTk = jax.lax.top_k(scores_BTE + bias_E, moe.top_k)",
+        "    experts_BTk = scores_BTE.shape[-1] - 1 - jax.lax.top_k((scores_BTE + bias_E)[..., ::-1], moe.top_k)[1]",
+        MOE,
+    ),
+    Mutant("one slot too many", "lumina_jax/moe.py", "jnp.where(place_BN < capacity", "jnp.where(place_BN <= capacity", MOE),
+    Mutant("capacity rounded down", "lumina/architecture.py", "math.ceil(round(", "math.floor(round(", ARCHITECTURE),
+    Mutant(
+        "evaluation drops",
+        "lumina_jax/moe.py",
+        "        if training:\n            slots",
+        "        if True:\n            slots",
+        MOE,
+    ),
+    Mutant("balance loss not times E", "lumina_jax/moe.py", "return E * jnp.mean", "return jnp.mean", MOE),
+    # --------------------------------------------------------------------------------------------- Mixture-of-Depths
+    Mutant(
+        "everything computed, then masked",
+        "lumina_jax/mod.py",
+        "            out_BCD, metrics = inner(z_BCD)\n",
+        "            out_BCD, metrics = inner(z_BTD)\n"
+        "            out_BCD = jnp.take_along_axis(out_BCD, index_BC[:, :, None], axis=1)\n",
+        MOD,
+    ),
+    Mutant(
+        "the token at the threshold dropped",
+        "lumina_jax/mod.py",
+        "    _, index_BC = jax.lax.top_k(logit_BT, count)\n",
+        "    value_BC, index_BC = jax.lax.top_k(logit_BT, count)\n"
+        "    index_BC = jnp.where(value_BC > value_BC[:, -1:], index_BC, index_BC[:, :1])\n",
+        MOD,
+    ),
+    Mutant(
+        "residual counted twice",
+        "lumina_jax/model.py",
+        'return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (self.feedforward(z), {})',
+        'return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (z + self.feedforward(z), {})',
+        MODEL,
+    ),
+    Mutant(
+        "ties go to the later position",
+        "lumina_jax/mod.py",
+        "    _, index_BC = jax.lax.top_k(logit_BT, count)",
+        "    index_BC = logit_BT.shape[1] - 1 - jax.lax.top_k(logit_BT[:, ::-1], count)[1]",
+        MOD,
+    ),
+    Mutant(
+        "evaluation takes the top of a row",
+        "lumina_jax/mod.py",
+        "selected_BT = logit_BT > 0\n",
+        "selected_BT = inverse_index(select_top(logit_BT, capacity(T, self.capacity)), T) >= 0\n",
+        MOD,
+    ),
+    Mutant(
+        "predictor teaches what lies below",
+        "lumina_jax/mod.py",
+        "jax.lax.stop_gradient(wide_BTD) @ router",
+        "wide_BTD @ router",
+        MOD,
+    ),
+    # ---------------------------------------------------------------------------------------- evaluation and generation
+    Mutant(
+        "evaluation averages batch means",
+        "lumina_jax/evaluate.py",
+        '    capacity = sum(t["taken_L"]',
+        '    loss = weight * sum(float(t["loss"]) / float(t["weight"]) for t in totals) / len(totals)\n'
+        '    capacity = sum(t["taken_L"]',
+        EVALUATE,
+    ),
+    Mutant(
+        "padding's bytes counted",
+        "lumina_jax/evaluate.py",
+        'batch["targets"][batch["weights"] > 0]',
+        'batch["targets"]',
+        EVALUATE,
+    ),
+    Mutant(
+        "positions restart in the cache",
+        "lumina_jax/generate.py",
+        "positions = start + jnp.arange(T)[None]",
+        "positions = jnp.arange(T)[None]",
+        GENERATE,
+    ),
+    Mutant(
+        "control tokens drawn",
+        "lumina_jax/generate.py",
+        "allowed[list(tokenizer.control.values())] = False",
+        "pass",
+        GENERATE,
+    ),
+    Mutant(
+        "multi-byte characters broken",
+        "lumina_jax/generate.py",
+        "held += decoder.feed(token)",
+        "held += self.tokenizer.decode([token])",
+        GENERATE,
+    ),
+    Mutant(
+        "special tokens in a user's text become control tokens",
+        "lumina/tokenizer.py",
+        "special_tokens={})",
+        "special_tokens=self.control)",
+        TOKENIZER,
+    ),
+    # ---------------------------------------------------------------------------------------- counts, checkpoints, runs
+    Mutant(
+        "a tied head counted twice", "lumina/architecture.py", "    if not model.tie_embeddings:", "    if True:", ARCHITECTURE
+    ),
+    Mutant(
+        "key/value heads counted as query heads",
+        "lumina/architecture.py",
+        'matrix("attention.key", (d, kv, h)',
+        'matrix("attention.key", (d, heads, h)',
+        ARCHITECTURE,
+    ),
+    Mutant(
+        "dtypes cast silently on restore",
+        "lumina_jax/checkpoint.py",
+        "    _check_fits(manager, step, like)\n",
+        "",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "a failed load goes on with random weights",
+        "lumina_jax/train.py",
+        "        state, progress = checkpoints.restore(shapes)\n",
+        "        try:\n            state, progress = checkpoints.restore(shapes)\n"
+        "        except Exception:\n            state = jax.jit(lambda: init_state(config)[1])()\n",
+        TRAIN,
+    ),
+    Mutant(
+        "resume skips a batch",
+        "lumina_jax/train.py",
+        "prefetch(train_batches, start, config.train.steps):",
+        "prefetch(train_batches, start + (start > 0), config.train.steps):",
+        TRAIN,
+    ),
+    Mutant("a changed config accepted", "lumina/runs/directory.py", "        if changed:", "        if False:", "lumina/runs"),
+]
+
+
+def plant(mutant: Mutant, directory: Path) -> str:
+    """Run the tests of a copy with the mistake in it; the name of the first that failed, "" if none did."""
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, directory / part, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / part, directory)
+    file = directory / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if mutant.right not in text:
+        raise LookupError(f"{mutant.name}: {mutant.file} no longer holds {mutant.right!r}")
+    file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", f"tests/{mutant.tests}"]
+    # Most of a run is compiling what the mistake does not touch: a cache serves all of them.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(directory.parent / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    environment = os.environ | cache | {"PYTHONPATH": str(directory)}
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode not in (0, 1):
+        raise RuntimeError(f"{mutant.name}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    return failed.group(1) if failed else ""
+
+
+def main() -> int:
+    """Plant every mistake whose name contains the argument; print a line each."""
+    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or sys.argv[1] in mutant.name]
+    caught, began = 0, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lumina-mutants-") as scratch:
+        for number, mutant in enumerate(chosen, 1):
+            directory = Path(scratch) / "copy"
+            directory.mkdir()
+            failed = plant(mutant, directory)
+            shutil.rmtree(directory)
+            caught += bool(failed)
+            left = (time.monotonic() - began) / number * (len(chosen) - number)
+            verdict = f"caught by {failed.removeprefix('tests/')}" if failed else f"SURVIVED {mutant.tests}"
+            print(f"{number}/{len(chosen)} ({left:.0f} s left)  {mutant.name}: {verdict}", flush=True)
+    print(f"{caught} of {len(chosen)} mistakes caught")
+    return 0 if caught == len(chosen) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
