@@ -50,32 +50,39 @@ def rotary(x_BTNh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNh.dtype)
 
 
-def attend_reference(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offset=0):
+def attend_chunk(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offset=0):
     """Query t, at index offset + t, sees the keys at or before its index that are in its segment. Softmax in float32.
 
-    Returns [B, T, H, h] in q's dtype.
+    Returns [B, T, H, h] in q's dtype. The queries of a key head are the rows of one matrix product (R = G T), and the sum of
+    the softmax is divided out after the values are mixed: measured, half the time of the plain form on CPU.
     """
     B, T, H, h = q_BTHh.shape
     S, K = k_BSKh.shape[1:3]
-    q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
-    wide = jnp.promote_types(q_BTHh.dtype, jnp.float32)  # scores are not rounded to bfloat16 on their way to the softmax
-    scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=wide) / math.sqrt(h)
+    G, wide = H // K, jnp.promote_types(q_BTHh.dtype, jnp.float32)
+    q_BKRh = q_BTHh.reshape(B, T, K, G, h).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
+    scores_BKRS = jnp.einsum("bkrh,bskh->bkrs", q_BKRh, k_BSKh, preferred_element_type=wide) / math.sqrt(h)
     causal_TS = offset + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
     visible_BTS = causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
-    weights_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], scores_BKGTS, -jnp.inf), axis=-1)
-    return jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS.astype(v_BSKh.dtype), v_BSKh).reshape(B, T, H, h)
+    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKRS.reshape(B, K, G, T, S), jnp.finfo(wide).min)
+    largest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)  # a query sees itself, so what it must not see becomes 0
+    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+    weights_BKRS = weights_BKGTS.astype(v_BSKh.dtype).reshape(B, K, G * T, S)
+    mixed_BKRh = jnp.einsum("bkrs,bskh->bkrh", weights_BKRS, v_BSKh, preferred_element_type=wide)
+    mixed_BKGTh = mixed_BKRh.reshape(B, K, G, T, h) / total_BKGT1
+    return mixed_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q_BTHh.dtype)
 
 
 def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT):
-    """`attend_reference` of a whole row, in chunks of queries, each against only the keys that it may see.
+    """`attend_chunk` of a whole row, in chunks of queries, each against only the keys that it may see.
 
     Up to 16 chunks; each recomputes its scores in the backward pass, so that no [T, T] array outlives it.
     """
     T = q_BTHh.shape[1]
     chunk = max(128, -(-T // 16))
     if chunk >= T:
-        return attend_reference(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
-    piece = jax.checkpoint(attend_reference, static_argnums=(5,))
+        return attend_chunk(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
+    piece = jax.checkpoint(attend_chunk, static_argnums=(5,))
     return jnp.concatenate(
         [
             piece(q_BTHh[:, a:b], k_BTKh[:, :b], v_BTKh[:, :b], segments_BT[:, a:b], segments_BT[:, :b], a)
@@ -113,5 +120,5 @@ class Attention(nnx.Module):
                 values = jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKh.astype(cache.values.dtype), start, axis=1)
                 cache = Cache(keys, values)
                 one_document = jnp.zeros(keys.shape[:2], jnp.int32)  # generation never leaves its document
-                mixed_BTHh = attend_reference(q_BTHh, keys, values, jnp.zeros_like(segments_BT), one_document, start)
+                mixed_BTHh = attend_chunk(q_BTHh, keys, values, jnp.zeros_like(segments_BT), one_document, start)
         return jnp.einsum("btnh,nhd->btd", mixed_BTHh, self.output.astype(dtype)), cache

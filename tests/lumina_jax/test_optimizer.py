@@ -73,6 +73,12 @@ def test_the_last_update_is_near_the_least_rate(name):
     assert LAST <= rates(name)[-1] < 1.5 * LAST
 
 
+def test_a_decay_longer_than_what_the_warm_up_leaves_still_reaches_the_least_rate():
+    found = rates("wsd", warmup_steps=50, decay_fraction=0.8)
+    assert found[[49, 50]] == pytest.approx([PEAK, PEAK], rel=1e-6)
+    assert LAST < found[-1] < 1.5 * LAST
+
+
 def test_cosine_restarts_returns_to_the_peak_after_each_cycle():
     found = rates("cosine_restarts")
     assert_close(found[[10, 40, 70]], [PEAK] * 3, 1e-6)

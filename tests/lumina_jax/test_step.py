@@ -351,8 +351,8 @@ def test_a_trained_model_predicts_the_next_token_and_not_the_one_after(dense):
     model = merge(state_shapes(config)[1], state.variables)
     hidden, _, _ = model(tokens, np.zeros_like(tokens), np.arange(T)[None], dtype=jnp.float32)
     predicted = np.argmax(hidden @ model.head_DV(jnp.float32), axis=-1)
-    assert np.mean(predicted == Cycle().read(2, T + 2)) == 1
-    assert np.mean(predicted == Cycle().read(3, T + 3)) == 0
+    assert np.mean(predicted == Cycle().read(2, T + 2)) > 0.9
+    assert np.mean(predicted == Cycle().read(3, T + 3)) < 0.1
 
 
 def test_the_default_controls_are_those_of_the_config():

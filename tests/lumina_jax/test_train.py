@@ -1,6 +1,7 @@
 """Training from end to end: what a run leaves behind, going on with one, stopping, and refusing what cannot work."""
 
 import ast
+import hashlib
 import json
 import math
 import os
@@ -36,7 +37,7 @@ from lumina_jax.train import train_and_evaluate
 from tests.lumina_jax.tiny import T, V, tiny
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY, INTERRUPTED_AFTER = 8, 3, 5
+STEPS, EVERY = 8, 3
 TIMINGS = {"tokens_per_second", "peak_fraction"}
 
 
@@ -84,6 +85,11 @@ def train_command(*arguments, directory=ROOT):
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=60)
 
 
+def train_batches():
+    corpus = prepare(config().data, V)
+    return Batches(Rows(corpus.train, T, corpus.document_end_id), 4, config().train.seed)
+
+
 def contents(path):
     return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
@@ -125,13 +131,14 @@ def test_a_run_leaves_its_files(whole):
     assert sorted(int(each.stem) for each in whole.samples.iterdir()) == [4, 8]
 
 
-def test_the_ledger_has_every_step_once_with_the_bits_of_its_loss(whole):
+def test_the_ledger_has_every_step_once_with_the_bits_of_its_loss_and_the_digest_of_its_rows(whole):
     losses = {record["step"]: record["loss"] for record in read_json_lines(whole.metrics) if record["kind"] == "train"}
     ledger = read_json_lines(whole.ledger)
     assert [record["step"] for record in ledger] == list(range(1, STEPS + 1))
     for record in ledger:
         assert struct.unpack(">f", bytes.fromhex(record["loss"])) == (losses[record["step"]],)
-    assert len({record["rows"] for record in ledger}) == STEPS
+        numbers = train_batches().row_numbers(record["step"] - 1)
+        assert record["rows"] == hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
 
 
 def test_metrics_have_every_step_and_evaluation(whole):
@@ -148,8 +155,7 @@ def test_metrics_have_every_step_and_evaluation(whole):
 
 
 def test_bits_per_byte_count_the_bytes_of_the_batch(whole):
-    corpus = prepare(config().data, V)
-    batches = Batches(Rows(corpus.train, T, corpus.document_end_id), 4, config().train.seed)
+    corpus, batches = prepare(config().data, V), train_batches()
     for record in read_json_lines(whole.metrics):
         if record["kind"] == "train":
             targets = batches.batch(record["step"] - 1)["targets"]
@@ -195,23 +201,22 @@ def wait_for(path):
         time.sleep(0.02)
 
 
-def interrupt(run, monkeypatch):
-    """Train until the batch after step 5 would be used; returns the steps at which loading began and ended."""
+def interrupt(settings, run, after, checkpoint):
+    """Train until the batch that follows step `after` would be used; returns the steps at which loading began and was to end."""
     prefetch, asked = lumina_jax.train.prefetch, []
 
     def ends(batches, start, stop):
         asked.append((start, stop))
         for step, batch in prefetch(batches, start, stop):
-            if step == INTERRUPTED_AFTER:
-                wait_for(run.checkpoints / str(EVERY))
-                wait_for(run.best / "4")
+            if step == after:
+                wait_for(run.checkpoints / str(checkpoint))
                 raise Interruption
             yield step, batch
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lumina_jax.train, "prefetch", ends)
         with pytest.raises(Interruption):
-            train_and_evaluate(config(), run.path)
+            train_and_evaluate(settings, run.path)
     return asked
 
 
@@ -219,10 +224,9 @@ def interrupt(run, monkeypatch):
 def resumed(tmp_path_factory):
     """(a run that was interrupted and then went on, its metrics in between, the steps it went on with)."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "resumed")
-    monkeypatch = pytest.MonkeyPatch()
-    assert interrupt(run, monkeypatch) == [(0, STEPS)]
+    assert interrupt(config(), run, after=5, checkpoint=EVERY) == [(0, STEPS)]
     between, asked, prefetch = read_json_lines(run.metrics), [], lumina_jax.train.prefetch
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lumina_jax.train, "prefetch", lambda *a: asked.append(a[1:]) or prefetch(*a))
         train_and_evaluate(config(), run.path)
     return run, between, asked
@@ -298,6 +302,7 @@ def diverged(tmp_path_factory):
     """(config, run) of a run whose learning rate grows until it learns no more."""
     optim = {"learning_rate": 1.0, "warmup_steps": 8, "schedule": "constant"}
     settings = config(optim=optim, steps=40, eval_every=1, eval_rows=16, early_stopping=PATIENCE)
+    settings.checkpoint.every, settings.monitor.sample_every = 1, 0
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "diverged")
     train_and_evaluate(settings, run.path)
     return settings, run
@@ -317,6 +322,15 @@ def test_a_run_that_stopped_early_stays_as_it_is_when_run_again(diverged):
     before = contents(run.path)
     train_and_evaluate(settings, run.path)
     assert contents(run.path) == before
+
+
+def test_patience_and_the_best_so_far_outlast_an_interruption(diverged, tmp_path):
+    settings, expected = diverged
+    run, last = RunDirectory(tmp_path / "run"), read_json_lines(expected.ledger)[-1]["step"]
+    interrupt(settings, run, after=last - 1, checkpoint=last - 1)
+    train_and_evaluate(settings, run.path)
+    assert run.ledger.read_bytes() == expected.ledger.read_bytes()
+    assert run.result.read_bytes() == expected.result.read_bytes()
 
 
 def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(diverged):

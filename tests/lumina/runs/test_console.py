@@ -5,7 +5,7 @@ import io
 import pytest
 
 from lumina.runs import console as module
-from lumina.runs.console import Console, Rate, table
+from lumina.runs.console import Console, Rate, printable, table
 
 RECORD = {
     "step": 7,
@@ -17,7 +17,7 @@ RECORD = {
     "peak_fraction": 0.123,
     "seconds_left": 125.0,
 }
-LINE = "step   7/100  loss 2.5000  bits/byte 1.250  lr 3.00e-04  grad 0.75  21.5 K tok/s  peak 12%  eta 2:05"
+LINE = "step   7/100  eta 2:05  loss 2.500  bits/byte 1.250  21.5 K tok/s  peak 12%  lr 3.0e-04  grad 0.75"
 ERASE = "\r\x1b[K"
 
 
@@ -61,11 +61,11 @@ def test_on_a_terminal_every_step_rewrites_one_line(terminal):
     assert "\n" not in terminal.getvalue()
 
 
-def test_on_a_terminal_what_is_said_stays_above_the_live_line(terminal):
+def test_on_a_terminal_what_is_said_stays_and_the_live_line_goes_on_below_it(terminal):
     console = Console(100, terminal)
     console.progress(RECORD, logged=True)
     console.say("held out: fine")
-    assert terminal.screen() == ["held out: fine", LINE]
+    assert terminal.screen() == ["held out: fine", ""]
     console.progress(RECORD, logged=True)
     assert terminal.screen() == ["held out: fine", LINE]
 
@@ -84,6 +84,7 @@ def test_a_live_line_is_cut_to_the_terminal_so_that_it_never_wraps(monkeypatch):
     terminal = Terminal()
     Console(100, terminal).progress(RECORD, logged=True)
     assert terminal.screen() == [LINE[:39]]
+    assert "eta 2:05  loss 2.5" in terminal.screen()[0]
 
 
 def test_a_status_is_replaced_on_a_terminal_and_kept_elsewhere(terminal):
@@ -97,11 +98,15 @@ def test_a_status_is_replaced_on_a_terminal_and_kept_elsewhere(terminal):
 
 def test_a_step_without_a_known_end_shows_a_question_mark(terminal):
     Console(100, terminal).progress(RECORD | {"seconds_left": float("inf")}, logged=True)
-    assert terminal.screen()[0].endswith("eta ?")
+    assert "  eta ?  loss" in terminal.screen()[0]
 
 
 def test_a_table_aligns_names_and_indents_further_lines():
     assert table([("run", "here"), ("memory", "one\ntwo")]) == "   run  here\nmemory  one\n        two"
+
+
+def test_control_characters_are_spelled_out_before_they_reach_a_terminal():
+    assert printable("red \x1b[31m\a, \r\x9b é日😀\tx\n") == "red \\x1b[31m\\x07, \\x0d\\x9b é日😀\tx\n"
 
 
 class Clock:
