@@ -53,7 +53,7 @@ def rotary(x_BTNh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
 def attend_chunk(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offset=0):
     """Query t, at index offset + t, sees the keys at or before its index that are in its segment. Softmax in float32.
 
-    Returns [B, T, H, h] in q's dtype. The queries of a key head are the rows of one matrix product (R = G T), and the sum of
+    Returns [B, T, H, h] in q's dtype. The R = G T queries of a key head are the rows of one matrix product, and the sum of
     the softmax is divided out after the values are mixed: measured, half the time of the plain form on CPU.
     """
     B, T, H, h = q_BTHh.shape

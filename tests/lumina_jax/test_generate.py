@@ -123,12 +123,8 @@ def test_requests_of_the_same_buckets_compile_nothing(generator):
 
     list(generator.tokens(prompt(5), 6, Sampling()))
     before = compiled()
-    for length, count, sampling in (
-        (9, 7, Sampling()),
-        (1, 2, GREEDY),
-        (3, 12, Sampling(0.5, 3, 0.9, 0.1, 1.2)),
-        (2, 2, Sampling(0, 3, 1, 0, 2)),
-    ):
+    whole_numbers = Sampling(temperature=0, top_p=1, min_p=0, repetition_penalty=2)
+    for length, count, sampling in ((9, 7, Sampling(0.5, 3, 0.9, 0.1, 1.2)), (1, 2, GREEDY), (3, 12, whole_numbers)):
         list(generator.tokens(prompt(length), count, sampling))
     assert compiled() == before
 

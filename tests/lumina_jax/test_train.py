@@ -202,7 +202,7 @@ def wait_for(path):
 
 
 def interrupt(settings, run, after, checkpoint):
-    """Train until the batch that follows step `after` would be used; returns the steps at which loading began and was to end."""
+    """Train until the batch that follows step `after` would be used; returns the steps from and to which batches were asked for."""
     prefetch, asked = lumina_jax.train.prefetch, []
 
     def ends(batches, start, stop):
