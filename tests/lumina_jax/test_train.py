@@ -202,7 +202,7 @@ def wait_for(path):
 
 
 def interrupt(settings, run, after, checkpoint):
-    """Train until the batch that follows step `after` would be used; returns the steps from and to which batches were asked for."""
+    """Train until the batch after step `after` would be used; returns from and to which steps batches were asked for."""
     prefetch, asked = lumina_jax.train.prefetch, []
 
     def ends(batches, start, stop):
