@@ -128,7 +128,7 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
             direction, optimizer_state = optimizer.update(grads, state.optimizer, state.variables.params)
             params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.variables.params, direction)
             biases = update_biases(config.model, state.variables.biases, metrics)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = learning_rate
         return TrainState(state.step + 1, Variables(params, biases), optimizer_state), metrics
 

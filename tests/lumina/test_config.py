@@ -16,7 +16,7 @@ PRESETS = [name for name in c.presets() if name != "auto"]
 
 def refused(flags: list[str]) -> str:
     with pytest.raises(ConfigError) as error:
-        c.override(c.load("debug"), flags)
+        c.override(c.Config(), flags)
     return str(error.value)
 
 
@@ -60,7 +60,7 @@ def test_overrides_take_every_type():
         "--config.optim.learning_rate=1",
         "--config.data.source=a.txt,b.txt",
     ]
-    config = c.override(c.load("debug"), flags)
+    config = c.override(c.Config(), flags)
     assert (config.model.num_layers, config.model.tie_embeddings, config.data.source) == (4, False, "a.txt,b.txt")
     assert config.optim.learning_rate == 1.0
     assert isinstance(config.optim.learning_rate, float)
@@ -89,7 +89,7 @@ def test_overrides_take_every_type():
         ("--config.model.dropout=1", "from 0 to below 1"),
         ("--config.optim.learning_rate=nan", "finite"),
         ("--config.optim.warmup_steps=1000", "below train.steps = 1000"),
-        ("--config.train.batch_size=15", "multiple of train.micro_batches"),
+        ("--config.train.micro_batches=5", "multiple of train.micro_batches = 5"),
         ("--config.train.seed=-1", "at least 0"),
         ("--config.train.compute_dtype=float16", "float32, bfloat16"),
         ("--config.data.sequence_length=1", "at least 2"),
