@@ -123,6 +123,7 @@ def test_a_saved_state_may_change_at_once(state, tmp_path):
         ({"model": {"qk_norm": True}}, r"\.key_norm\.scale.* is missing, the model needs \(\(2, 8\)"),
         ({"mod": {"pattern": "none"}}, r"\.mod\.bias.* is \(\(2,\), 'float32'\), the model needs none"),
     ],
+    ids=["another_width", "a_tensor_more", "a_tensor_less"],
 )
 def test_a_state_of_another_shape_is_refused_by_name(reopened, changes, named):
     with pytest.raises(CheckpointError, match=named):
