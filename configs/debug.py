@@ -37,6 +37,6 @@ def get_config(variant: str = "") -> Config:
     data = DataConfig(sequence_length=256, held_out=0.04)
     optim = OptimConfig(learning_rate=4e-3, schedule="wsd", decay_fraction=0.3, min_ratio=0.0, warmup_steps=50)
     # Many small steps: eight rows at a time also keep the activations in a CPU's cache.
-    train = TrainConfig(steps=2000, batch_size=8, eval_every=500)
+    train = TrainConfig(steps=1500, batch_size=8, eval_every=500)
     monitor = MonitorConfig(log_every=50, sample_every=500)
     return as_variant(Config(model, data, optim, train, CheckpointConfig(every=500), monitor), variant)

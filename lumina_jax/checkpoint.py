@@ -1,5 +1,6 @@
 """Checkpoints of a run, written by Orbax while training goes on."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ class Checkpoints:
 
     def save_best(self, step: int, state: TrainState, progress: dict[str, Any]) -> None:
         """The same, kept until a better one comes."""
+        for stale in (s for s in self._best.all_steps() if s > step):  # of a run that was cut off and began again before it
+            self._best.delete(stale)  # Orbax would keep it, and leave out `step` without a word
         if step not in self._best.all_steps():
             self._best.save(step, args=_arguments(state, progress))
 
@@ -61,6 +64,7 @@ class Checkpoints:
 
 
 def _arguments(state: TrainState, progress: dict[str, Any]) -> ocp.args.Composite:
+    progress = copy.deepcopy(progress)  # written in the background, while the caller changes its own
     return ocp.args.Composite(state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress))
 
 
@@ -68,9 +72,15 @@ def _restore(manager: ocp.CheckpointManager, like: TrainState) -> tuple[TrainSta
     step = manager.latest_step()
     if step is None:
         raise CheckpointError(f"{manager.directory}: no finished checkpoint; train the run with `python -m lumina_jax.train`")
-    _check_fits(manager, step, like)
     args = ocp.args.Composite(state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=args)
+    try:
+        _check_fits(manager, step, like)
+        restored = manager.restore(step, args=args)
+    except (ValueError, OSError) as error:
+        why = str(error).partition(":")[0]
+        raise CheckpointError(
+            f"{manager.directory}/{step}: cannot be read ({why}); move it away, and the one before is used"
+        ) from error
     return restored["state"], restored["progress"]
 
 

@@ -142,7 +142,7 @@ class Generator:
             float(sampling.repetition_penalty),
         )
         if not prompt:
-            first, _, _ = self._start([self.end], 16, knobs, key)
+            first, _, _ = self._start([self.end], 16, knobs, jax.random.fold_in(key, 0))
             yield int(first)
             if int(first) == self.end or max_tokens == 1:
                 return

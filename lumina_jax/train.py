@@ -60,7 +60,8 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
     start = int(state.step)
     if result := report.finished(run, config.train, start):
         report.print_result(run, result)
-        console.say(f"{run.path} is complete: a larger --config.train.steps goes on, another --workdir starts anew")
+        goes_on = "--config.train.early_stopping=0" if result["stopped_early"] else "a larger --config.train.steps"
+        console.say(f"{run.path} is complete: {goes_on} goes on, another --workdir starts anew")
         checkpoints.close()
         return
 
@@ -81,7 +82,7 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
         result = evaluate(eval_step, state.variables, held_out, token_bytes, config.train.eval_rows)
         log.write("eval", {"step": step, **result})
         console.say(f"step {step}: held out {report.figures(result)}")
-        progress["last"] = result
+        progress.update(last=result, last_step=step)
         progress["evaluations_without_improvement"] += 1
         if progress["best_loss"] is None or result["loss"] < progress["best_loss"]:
             progress.update(best_loss=result["loss"], best_step=step, evaluations_without_improvement=0)
@@ -99,8 +100,8 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
         return samples
 
     # ------------------------------------------------------------------------------------------------------- the loop
-    step, stop = start, False
-    for number, batch in prefetch(train_batches, start, config.train.steps):
+    step, stop = start, 0 < config.train.early_stopping <= progress["evaluations_without_improvement"]
+    for number, batch in prefetch(train_batches, start, start if stop else config.train.steps):
         state, metrics = compiled_step(state, batch, controls(config))
         step = number + 1
         reporter.dispatched(step, batch, metrics)  # reads the metrics of the step before, while this one computes
@@ -119,6 +120,8 @@ def train_and_evaluate(config: Config, workdir: Path) -> None:
         if stop:
             console.say(f"stopped early: {config.train.early_stopping} evaluations without improvement")
             break
+    if progress.get("last_step") != step:  # no step was left to make, and none evaluated the last one
+        look(state, step)
     console.done()
     checkpoints.wait()
 

@@ -151,3 +151,21 @@ def test_a_run_without_a_finished_checkpoint_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="no finished checkpoint"):
             restore(shapes())
     checkpoints.close()
+
+
+def test_saved_progress_may_change_at_once(state, tmp_path):
+    checkpoints, progress = Checkpoints(RunDirectory(tmp_path), KEEP_TWO), {"last": {"loss": 1.5}}
+    checkpoints.save(1, state, progress)
+    progress["last"]["loss"] = 2.5
+    checkpoints.wait()
+    assert checkpoints.restore(shapes())[1] == {"last": {"loss": 1.5}}
+    checkpoints.close()
+
+
+def test_a_run_that_begins_again_replaces_a_best_one_of_a_later_step(state, tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in (5, 2):
+        checkpoints = Checkpoints(run, KEEP_TWO)
+        checkpoints.save_best(step, later(state, step), {})
+        checkpoints.close()
+    assert steps(run.best) == [2]

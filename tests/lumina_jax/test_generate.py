@@ -15,7 +15,7 @@ import pytest
 from lumina.errors import UsageError
 from lumina.tokenizer import train_bpe
 from lumina_jax.generate import Generator, Knobs, Sampling, bucket, filter_logits
-from lumina_jax.model import merge
+from lumina_jax.model import Variables, merge
 from lumina_jax.step import init_state, state_shapes
 from tests.lumina_jax.oracles import assert_close
 from tests.lumina_jax.tiny import KINDS, tiny
@@ -337,3 +337,13 @@ def test_text_continues_the_prompt_it_is_given(generator, tokenizer):
     ids = tokenizer.encode("def f(x)")
     expected = tokenizer.decode_bytes(generator.tokens(ids, 8, GREEDY)).decode("utf-8", "replace")
     assert "".join(generator.text("def f(x)", 8, GREEDY)) == expected
+
+
+def test_the_first_two_tokens_of_a_document_are_drawn_independently(tokenizer):
+    generator, _ = make("dense", tokenizer)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, a: 0 * a if "final_norm" in jax.tree_util.keystr(path) else a, generator.variables.params
+    )
+    generator.variables = Variables(params, generator.variables.biases)  # every token is as likely as any other
+    pairs = [list(generator.tokens([], 2, Sampling(temperature=1.0, seed=seed))) for seed in range(8)]
+    assert any(first != second for first, second in pairs)

@@ -473,3 +473,36 @@ def test_no_source_imports_what_it_may_not_know(package, forbidden):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {name.partition(".")[0] for name in names} & forbidden, f"{file}:{node.lineno}"
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(whole, tmp_path):
+    run = RunDirectory(tmp_path / "damaged")
+    shutil.copytree(whole.path, run.path)
+    for file in (run.checkpoints / str(STEPS) / "state").rglob("*"):
+        if file.is_file() and not file.name.startswith(("_", "manifest")):
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    save(config(steps=STEPS + 2), tmp_path / "config.json")
+    done = train_command("--config", tmp_path / "config.json", "--workdir", run.path)
+    assert done.returncode == 5
+    assert "error: " in done.stderr
+    assert f"checkpoints/{STEPS}: cannot be read" in done.stderr
+
+
+def test_steps_lowered_to_the_checkpoint_give_a_result(tmp_path):
+    run, settings = RunDirectory(tmp_path / "run"), config(eval_every=0, steps=8, optim={"warmup_steps": 1})
+    interrupt(settings, run, after=5, checkpoint=EVERY)
+    settings.train.steps = EVERY
+    train_and_evaluate(settings, run.path)
+    result = json.loads(run.result.read_text())
+    assert result["step"] == EVERY
+    assert [r["step"] for r in read_json_lines(run.metrics) if r["kind"] == "eval"] == [EVERY]
+
+
+def test_a_run_cut_off_between_stopping_early_and_its_result_trains_no_further(diverged, tmp_path):
+    settings, expected = diverged
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(expected.path, run.path)
+    run.result.unlink()
+    train_and_evaluate(settings, run.path)
+    assert run.ledger.read_bytes() == expected.ledger.read_bytes()
+    assert json.loads(run.result.read_text())["step"] == json.loads(expected.result.read_text())["step"]
