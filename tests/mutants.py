@@ -249,8 +249,8 @@ MUTANTS = [
     Mutant(
         "special tokens in a user's text become control tokens",
         "lumina/tokenizer.py",
-        "special_tokens={})",
-        "special_tokens=self.control)",
+        "            return self._encoding.encode_ordinary(text)\n",
+        "            return [self.control[text]] if text in self.control else self._encoding.encode_ordinary(text)\n",
         TOKENIZER,
     ),
     # ---------------------------------------------------------------------------------------- counts, checkpoints, runs
@@ -282,8 +282,8 @@ MUTANTS = [
     Mutant(
         "resume skips a batch",
         "lumina_jax/train.py",
-        "prefetch(train_batches, start, config.train.steps):",
-        "prefetch(train_batches, start + (start > 0), config.train.steps):",
+        "prefetch(train_batches, start, start if stop else config.train.steps):",
+        "prefetch(train_batches, start + (start > 0), start if stop else config.train.steps):",
         TRAIN,
     ),
     Mutant("a changed config accepted", "lumina/runs/directory.py", "        if changed:", "        if False:", "lumina/runs"),
@@ -299,8 +299,6 @@ def plant(mutant: Mutant, directory: Path) -> str:
             shutil.copy(ROOT / part, directory)
     file = directory / mutant.file
     text = file.read_text(encoding="utf-8")
-    if mutant.right not in text:
-        raise LookupError(f"{mutant.name}: {mutant.file} no longer holds {mutant.right!r}")
     file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", f"tests/{mutant.tests}"]
     # Most of a run is compiling what the mistake does not touch: a cache serves all of them.
@@ -316,6 +314,9 @@ def plant(mutant: Mutant, directory: Path) -> str:
 def main() -> int:
     """Plant every mistake whose name contains the argument; print a line each."""
     chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or sys.argv[1] in mutant.name]
+    for mutant in chosen:
+        if mutant.right not in (ROOT / mutant.file).read_text(encoding="utf-8"):
+            sys.exit(f"error: {mutant.name}: {mutant.file} no longer holds {mutant.right!r}")
     caught, began = 0, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lumina-mutants-") as scratch:
         for number, mutant in enumerate(chosen, 1):
