@@ -19,7 +19,10 @@ def free_memory() -> tuple[int, str]:
     """Bytes that a training step may use, and where: the first NVIDIA GPU's if there is one, else the machine's."""
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603, a fixed command
+        try:
+            answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=30)  # noqa: S603, a fixed command
+        except subprocess.TimeoutExpired as error:
+            raise ConfigError(f"auto: {smi} did not answer within 30 s; name a preset instead") from error
         if answer.returncode == 0 and answer.stdout.strip():
             return int(answer.stdout.split()[0]) << 20, "on the GPU"
     try:

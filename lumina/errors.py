@@ -6,6 +6,7 @@ from collections.abc import Callable
 STOPPED_AND_SAVED = 75
 DO_NOT_RETRY = 93
 INTERRUPTED = 130
+OUTPUT_CLOSED = 141  # as a shell tells of SIGPIPE
 
 
 class LuminaError(Exception):
@@ -48,6 +49,6 @@ def exit_with(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # `lumina params ... | head`
+    except BrokenPipeError:  # `lumina params ... | head`: nobody reads on, but the work is not done either
         sys.stderr.close()
-        sys.exit(0)
+        sys.exit(OUTPUT_CLOSED)

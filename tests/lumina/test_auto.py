@@ -60,3 +60,13 @@ def test_this_machine_has_memory_of_its_own():
     free, where = auto.free_memory()
     assert free > 100 << 20
     assert where in ("on the GPU", "in this machine's memory")
+
+
+def test_a_gpu_that_does_not_answer_is_no_reason_to_take_the_cpu(monkeypatch):
+    def hang(*args, timeout, **kwargs):
+        raise auto.subprocess.TimeoutExpired(args, timeout)
+
+    monkeypatch.setattr(auto.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(auto.subprocess, "run", hang)
+    with pytest.raises(ConfigError, match="nvidia-smi did not answer within 30 s; name a preset instead"):
+        auto.free_memory()

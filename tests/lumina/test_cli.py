@@ -90,3 +90,8 @@ def test_a_closed_pipe_is_no_error():
     command = f"{sys.executable} -m lumina.cli params debug b14 | head -0"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_output_that_nobody_reads_is_not_success():
+    code = "from lumina.errors import exit_with\ndef main():\n    raise BrokenPipeError\nexit_with(main)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 141
