@@ -13,39 +13,40 @@ import statistics
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lumina.architecture import counts, memory
 from lumina.config import Config, load, override
 from lumina.errors import UsageError, exit_with
 from lumina_jax.device import compiled_memory, describe, matmul_peak, peak_memory
+from lumina_jax.mesh import make_mesh, place_rows, whole
 from lumina_jax.step import controls, init_state, make_train_step, state_shapes
 
 WARM_UP = 3  # steps before timing
 
 
-def random_batch(config: Config) -> dict[str, jax.Array]:
+def random_batch(config: Config) -> dict[str, np.ndarray]:
     """A batch of random token ids."""
     B, T = config.train.batch_size, config.data.sequence_length
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (B, T + 1), dtype=np.int32)
-    batch = {
+    return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],
         "weights": np.ones((B, T), np.float32),
         "segments": np.zeros((B, T), np.int32),
         "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
     }
-    return {name: jnp.asarray(array) for name, array in batch.items()}
 
 
 def measure(config: Config, steps: int) -> dict[str, object]:
     """Compile, warm up, time `steps` steps one by one, and set them against the peak."""
     _, graphdef = state_shapes(config)
-    state = jax.jit(lambda: init_state(config)[1])()
-    batch, knobs = random_batch(config), controls(config)
+    mesh = make_mesh(config)
+    state = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))()
+    batch = place_rows(mesh, random_batch(config))
+    knobs = controls(config, stop_N=place_rows(mesh, np.zeros(mesh.size, np.int32)))
     began = time.perf_counter()
-    step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(state, batch, knobs).compile()
+    step = jax.jit(make_train_step(config, graphdef, mesh), donate_argnums=0).lower(state, batch, knobs).compile()
     compile_seconds = time.perf_counter() - began
     peaks = [matmul_peak(config.train.compute_dtype)]
     seconds = []
@@ -56,10 +57,10 @@ def measure(config: Config, steps: int) -> dict[str, object]:
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - began)
     peaks.append(matmul_peak(config.train.compute_dtype))  # again, as a machine's speed may change under load
-    peak, typical = max(peaks), statistics.median(seconds)
+    peak, typical = max(peaks) * (1 if jax.default_backend() == "cpu" else mesh.size), statistics.median(seconds)
     tokens, count = config.train.batch_size * config.data.sequence_length, counts(config)
     return {
-        "device": describe(),
+        "device": describe(mesh),
         "step_seconds": typical,
         "step_seconds_fastest": min(seconds),
         "step_seconds_slowest": max(seconds),

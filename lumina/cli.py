@@ -46,7 +46,35 @@ def run(arguments: list[str]) -> None:
     sample.add_argument("--json", action="store_true", help="one JSON object a sample: prompt, text, seed")
     sample.set_defaults(run=_sample)
 
+    supervised = commands.add_parser(
+        "run",
+        usage="lumina run [--max-restarts N] [--log FILE] -- COMMAND ARG...",
+        description="Run a command, and again when it crashes or has stopped and saved (exit 75): not when it is done, refuses "
+        "its arguments, config, data or checkpoint (exit 2 to 5), asks for no restart (93), or was asked to stop: SIGINT and "
+        "SIGTERM are passed on to it, SIGHUP and SIGUSR1 as SIGTERM. Exits as the last run did.",
+        help="run a command, and again when it crashes",
+        allow_abbrev=False,
+    )
+    supervised.add_argument(
+        "--max-restarts", type=int, default=20, metavar="N", help="in a row; ten minutes of running end a row (default: 20)"
+    )
+    supervised.add_argument("--log", type=Path, metavar="FILE", help="append a JSON line at each end of the command")
+    supervised.set_defaults(run=_run)
+
+    runs = commands.add_parser("runs", help="list, show, verify, compare and prune runs", allow_abbrev=False)
+    if arguments[:1] == ["runs"]:
+        from lumina.runs.commands import add
+
+        add(runs)
+
+    command = None
+    if arguments[:1] == ["run"] and "--" in arguments:  # the command's own arguments are not for this parser to see
+        split = arguments.index("--")
+        arguments, command = arguments[:split], arguments[split + 1 :]
     known, rest = parser.parse_known_args(arguments)
+    known.supervised = command
+    if known.command == "run" and not command:
+        raise UsageError("no command; give one after --, as in `lumina run -- python -m lumina_jax.train --config b7`")
     overrides = [flag for flag in rest if flag.startswith("--config.")]
     if (unknown := [flag for flag in rest if flag not in overrides]) or (overrides and known.command != "params"):
         raise UsageError(f"{(unknown or overrides)[0]}: unknown argument; see `lumina {known.command} --help`")
@@ -127,6 +155,14 @@ def _sample(arguments: argparse.Namespace) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
         print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    if arguments.max_restarts < 0:
+        raise UsageError(f"--max-restarts = {arguments.max_restarts}: must be at least 0")
+    from lumina.runs.supervisor import supervise
+
+    sys.exit(supervise(arguments.supervised, arguments.max_restarts, arguments.log))
 
 
 if __name__ == "__main__":

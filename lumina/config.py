@@ -82,6 +82,7 @@ class DataConfig:
     tokenizer: str = "bpe"  # bpe (trained on the source), gpt2, cl100k_base, o200k_base, or a .model or .json file
     held_out: float = 0.02  # fraction of documents kept for evaluation, chosen by hash
     sequence_length: int = 256  # T: tokens in a row
+    workers: int = 0  # processes that make batches; 0 makes them in threads
     cache_dir: str = ""  # where token shards are kept; empty is $LUMINA_CACHE or ~/.cache/lumina
 
 
@@ -118,11 +119,35 @@ class TrainConfig:
 
 
 @dataclass
+class MeshConfig:
+    """How many devices share the work. Nothing in the result depends on it but rounding."""
+
+    data: int = -1  # devices that each take a part of every batch; -1 is all there are
+
+
+@dataclass
 class CheckpointConfig:
     """What is kept of a run."""
 
     every: int = 200  # steps between checkpoints; the last step always has one
-    keep: int = 2  # newest checkpoints kept, apart from the best one
+    keep: int = 2  # newest checkpoints kept, at least 2; the best one and pinned ones stay besides
+    keep_every: int = 0  # checkpoints of steps that this divides stay for good; 0 keeps none so
+    backup_dir: str = ""  # a second place, such as another disk, for copies of the newest checkpoint; empty makes none
+    backup_every: int = 1  # a backup after every n-th checkpoint
+    backup_keep: int = 2  # newest backups kept
+    backup_encrypt: bool = False  # with the passphrase in $LUMINA_BACKUP_PASSPHRASE
+
+
+@dataclass
+class GuardConfig:
+    """What is done about a step that goes wrong. A skipped update leaves all but the step count as it was."""
+
+    spike_sigmas: float = 0.0  # a loss this many standard deviations above the mean of the window is a spike; 0 is off
+    spike_window: int = 128  # updates in that window; there are no spikes until it is full
+    spike_action: str = "skip"  # skip the update, or rewind to the newest checkpoint and pass over the batches since
+    max_skips: int = 5  # updates skipped in a row, spikes or not finite, before the run gives up (exit 93)
+    max_rewinds: int = 3  # rewinds before the run gives up
+    hang_seconds: float = 1800.0  # a step, or batch of an evaluation, that takes longer ends the process; 0 is off
 
 
 @dataclass
@@ -146,6 +171,8 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -205,7 +232,8 @@ def validate(config: Config) -> Config:
         "data": (d, "sequence_length"),
         "optim": (o, "restarts"),
         "train": (t, "steps batch_size micro_batches"),
-        "checkpoint": (config.checkpoint, "every keep"),
+        "checkpoint": (config.checkpoint, "every backup_every backup_keep"),
+        "guard": (config.guard, "max_skips"),
         "monitor": (config.monitor, "log_every sample_tokens"),
     }
     at_least_0 = {
@@ -213,7 +241,10 @@ def validate(config: Config) -> Config:
         "model.moe": (moe, "jitter shared_experts balance_weight z_weight bias_rate"),
         "model.mod": (mod, "predictor_weight"),
         "optim": (o, "learning_rate warmup_steps weight_decay clip_norm"),
+        "data": (d, "workers"),
         "train": (t, "seed eval_every eval_rows early_stopping"),
+        "checkpoint": (config.checkpoint, "keep_every"),
+        "guard": (config.guard, "spike_sigmas max_rewinds hang_seconds"),
         "monitor": (config.monitor, "sample_every"),
     }
     for least, table in ((1, at_least_1), (0, at_least_0)):
@@ -233,6 +264,7 @@ def validate(config: Config) -> Config:
         ("model.moe", moe, "score", ("softmax", "sigmoid")),
         ("optim", o, "schedule", SCHEDULES),
         ("train", t, "compute_dtype", ("float32", "bfloat16")),
+        ("guard", config.guard, "spike_action", ("skip", "rewind")),
     ):
         value = getattr(part, name)
         _require(value in choices, f"{prefix}.{name}", value, f"must be one of {', '.join(choices)}{_nearest(value, choices)}")
@@ -259,6 +291,16 @@ def validate(config: Config) -> Config:
         t.batch_size,
         f"must be a multiple of train.micro_batches = {t.micro_batches}",
     )
+    _require(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "must be -1 or at least 1")
+    _require(config.checkpoint.keep >= 2, "checkpoint.keep", config.checkpoint.keep, "must be at least 2, lest one be damaged")
+    _require(
+        bool(config.checkpoint.backup_dir) or not config.checkpoint.backup_encrypt,
+        "checkpoint.backup_encrypt",
+        True,
+        "needs checkpoint.backup_dir, the place for backups",
+    )
+    _require(config.guard.hang_seconds <= 1e6, "guard.hang_seconds", config.guard.hang_seconds, "must be at most 1e6; 0 is off")
+    _require(config.guard.spike_window >= 2, "guard.spike_window", config.guard.spike_window, "must be at least 2")
     for name in ("min_ratio", "decay_fraction"):
         value = getattr(o, name)
         _require(0 <= value <= 1, f"optim.{name}", value, "must be from 0 to 1")

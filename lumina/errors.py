@@ -34,9 +34,15 @@ class DataError(LuminaError):
 
 
 class CheckpointError(LuminaError):
-    """A checkpoint is missing, or does not fit the model."""
+    """A checkpoint is missing, damaged, does not fit the model or could not be written."""
 
     exit_code = 5
+
+
+class DoNotRetryError(LuminaError):
+    """Training cannot go on by itself: the same command would end the same way."""
+
+    exit_code = DO_NOT_RETRY
 
 
 def exit_with(main: Callable[[], None]) -> None:

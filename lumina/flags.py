@@ -4,10 +4,11 @@ import argparse
 from pathlib import Path
 
 from lumina.config import Config, load, override
+from lumina.runs.directory import ACCEPT
 
 
-def parse(program: str, arguments: list[str]) -> tuple[Config, Path]:
-    """The validated config and the run directory (default: runs/ and the config's name).
+def parse(program: str, arguments: list[str]) -> tuple[Config, Path, bool]:
+    """The validated config, the run directory (default: runs/ and the config's name), and whether changes are accepted.
 
     Raises:
         UsageError: an argument is unknown, or the config file does not exist.
@@ -23,10 +24,14 @@ def parse(program: str, arguments: list[str]) -> tuple[Config, Path]:
         "--config", required=True, help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
     )
     parser.add_argument("--workdir", type=Path, help="run directory (default: runs/NAME)")
+    parser.add_argument(
+        ACCEPT, action="store_true", help="go on with a run although its config or data changed, from its newest checkpoint"
+    )
     known, rest = parser.parse_known_args(arguments)
     config = override(load(known.config), _joined(rest))
     name, _, variant = known.config.partition(":")
-    return config, known.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, variant]))
+    workdir = known.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, variant]))
+    return config, workdir, known.accept_changes
 
 
 def _joined(flags: list[str]) -> list[str]:

@@ -6,13 +6,16 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 
-def describe() -> str:
-    """Platform and kind of the device in use; names the ones that stay idle."""
-    first, count = jax.devices()[0], jax.device_count()
-    idle = f"; {count - 1} more stay idle" if count > 1 else ""
-    return f"{first.platform} ({first.device_kind}), jax {jax.__version__}{idle}"
+def describe(mesh: Mesh) -> str:
+    """Number, platform and kind of the devices in use; names the ones that stay idle."""
+    first, idle = mesh.devices.flat[0], jax.device_count() - mesh.size
+    each = f"{mesh.size} x {first.platform} ({first.device_kind})"
+    shared = ", each with its part of every batch" if mesh.size > 1 else ""
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{each}{processes}{shared}, jax {jax.__version__}" + (f"; {idle} more stay idle" if idle else "")
 
 
 def matmul_peak(dtype: str, seconds: float = 0.5) -> float:

@@ -1,32 +1,32 @@
 """Held-out loss, weighted by tokens, under the routing that generation uses."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 
-from lumina.data.rows import Batches
 from lumina_jax.model import Variables
 
 
 def evaluate(
-    eval_step: Callable, variables: Variables, batches: Batches, token_bytes: np.ndarray, max_rows: int
+    eval_step: Callable, variables: Variables, batches: Iterable[dict[str, Any]], alive: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Evaluate on every held-out row (or the first `max_rows`).
+    """Evaluate on all of `batches`, placed on the devices; `alive` is called after each.
 
     Returns loss (nats a token), perplexity, bits_per_byte (of the text, so that tokenizers compare), accuracy (share of
     tokens predicted), tokens and bytes counted, and for MoD the realised causal capacity by layer. Sums are over all
     tokens: no mean of batch means.
     """
     totals: list[Any] = []
-    count = 0
-    for batch in batches.evaluation(max_rows):
+    for batch in batches:
         totals.append(eval_step(variables, batch))
-        count += int(token_bytes[batch["targets"][batch["weights"] > 0]].sum())
+        if len(totals) > 1:
+            totals[-2] = jax.device_get(totals[-2])  # one step behind, so that the devices never wait
+        alive()
     totals = jax.device_get(totals)
     loss, correct, weight = (sum(float(t[name]) for t in totals) for name in ("loss", "correct", "weight"))
+    count = sum(int(t["text_bytes"]) for t in totals)
     capacity = sum(t["taken_L"] for t in totals) / weight
     return {
         "loss": loss / weight,

@@ -17,6 +17,7 @@ from lumina.config import Config, load
 from lumina.errors import UsageError
 from lumina.runs.directory import RunDirectory
 from lumina.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables, make_caches, merge
 from lumina_jax.step import state_shapes
 
@@ -193,14 +194,12 @@ def load_generator(run_directory: Path, best: bool = False) -> Generator:
     Raises:
         UsageError: not a run directory. CheckpointError: it has no finished checkpoint, or one of another shape.
     """
-    from lumina_jax.checkpoint import Checkpoints  # orbax takes a second to import
+    from lumina_jax import checkpoint  # orbax takes a second to import
 
     run = RunDirectory(run_directory)
     config = load(str(run_directory))
     shapes, graphdef = state_shapes(config)
-    checkpoints = Checkpoints(run, config.checkpoint, create=False)
-    state, _ = checkpoints.restore_best(shapes) if best else checkpoints.restore(shapes)
-    checkpoints.close()
+    state, _ = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
     return Generator(config, graphdef, state.variables, load_tokenizer(str(run.tokenizer)))
 
 

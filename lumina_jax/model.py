@@ -44,9 +44,9 @@ class Block(nnx.Module):
             self.mod = MoD(model, param)
         self.dropout = model.dropout
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, training: bool, key=None, cache: Cache | None = None, start=0):
+    def __call__(self, x_BTD, segments_BT, positions_BT, training: bool, key_B=None, cache: Cache | None = None, start=0):
         """Returns ([B, T, D], metrics, cache)."""
-        keys = jax.random.split(key, 3) if key is not None else (None, None, None)
+        keys = split_keys(key_B, 3) if key_B is not None else (None, None, None)
         with jax.named_scope("attention"):
             mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), segments_BT, positions_BT, cache, start)
             x_BTD = x_BTD + self._drop(mixed_BTD, training, keys[0])
@@ -66,10 +66,11 @@ class Block(nnx.Module):
             x_BTD = x_BTD + self._drop(out_BTD, training, keys[2])
         return x_BTD, metrics, cache
 
-    def _drop(self, x, training: bool, key):
-        if not (training and self.dropout and key is not None):
+    def _drop(self, x, training: bool, key_B):
+        if not (training and self.dropout and key_B is not None):
             return x
-        return jnp.where(jax.random.bernoulli(key, 1 - self.dropout, x.shape), x / (1 - self.dropout), 0)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(key_B)
+        return jnp.where(keep, x / (1 - self.dropout), 0)
 
 
 class Transformer(nnx.Module):
@@ -94,32 +95,33 @@ class Transformer(nnx.Module):
         self.model = model
 
     def __call__(
-        self, inputs_BT, segments_BT, positions_BT, *, dtype, training=False, remat=False, key=None, caches=None, start=0
+        self, inputs_BT, segments_BT, positions_BT, *, dtype, training=False, remat=False, key_B=None, caches=None, start=0
     ):
         """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
 
         Args:
             inputs_BT, segments_BT, positions_BT: token ids, documents and positions within them, int32.
             dtype: of activations and of the parameters as they are used.
-            training: MoE drops beyond its capacity, MoD selects the top of each row; dropout and jitter need a `key`.
+            training: MoE drops beyond its capacity, MoD selects the top of each row; dropout and jitter need `key_B`, a
+                random key a row: what a row draws depends on nothing else, neither micro-batches nor the mesh.
             remat: recompute each period of layers in the backward pass.
             caches: from `make_caches`; the tokens then take indices start to start + T - 1.
         """
         x_BTD = self.embedding.astype(dtype).at[inputs_BT].get(mode="clip")  # ids are checked where rows are made
         if self.model.scale_embeddings:
             x_BTD = x_BTD * jnp.sqrt(self.model.d_model).astype(dtype)
-        keys = jax.random.split(key, self.model.num_layers) if key is not None else None
+        keys_LB = split_keys(key_B, self.model.num_layers) if key_B is not None else None
         collected, new_caches = [], []
         for number, (segment, stacked) in enumerate(zip(self.plan, self.segments, strict=True)):
             R, period = segment.repeats, len(segment.kinds)
             layers = slice(segment.start, segment.start + R * period)
-            keys_Rp = keys[layers].reshape(R, period) if keys is not None else None
+            keys_RpB = keys_LB[layers].reshape(R, period, -1) if keys_LB is not None else None
 
             def repeat(x, xs):
-                blocks, keys_p, caches_p = xs
+                blocks, keys_pB, caches_p = xs
                 metrics, caches_out = [], []
                 for p, block in enumerate(blocks):
-                    k = keys_p[p] if keys_p is not None else None
+                    k = keys_pB[p] if keys_pB is not None else None
                     c = caches_p[p] if caches_p is not None else None
                     x, m, c = block(x, segments_BT, positions_BT, training, k, c, start)
                     metrics.append(m)
@@ -127,7 +129,7 @@ class Transformer(nnx.Module):
                 return x, (metrics, caches_out)
 
             body = jax.checkpoint(repeat) if remat else repeat
-            xs = (list(stacked), keys_Rp, caches[number] if caches is not None else None)
+            xs = (list(stacked), keys_RpB, caches[number] if caches is not None else None)
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]
             new_caches.append(caches_out)
@@ -136,6 +138,11 @@ class Transformer(nnx.Module):
     def head_DV(self, dtype) -> jax.Array:
         """The output projection [D, V]."""
         return (self.embedding[...].T if self.model.tie_embeddings else self.head[...]).astype(dtype)
+
+
+def split_keys(key_B, count: int):
+    """`count` keys for each row, [count, B]."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(key_B)
 
 
 def _in_layer_order(collected: list[tuple[range, Metrics]]) -> Metrics:

@@ -129,13 +129,17 @@ class MoE(nnx.Module):
             self.shared = FeedForward("moe.shared", model.activation, param)
         self.model = model
 
-    def __call__(self, x_BTD, training: bool, key=None):
+    def __call__(self, x_BTD, training: bool, key_B=None):
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters."""
         moe = self.model.moe
         with jax.named_scope("router"):
             z_BTD = at_least_float32(x_BTD)
-            if training and moe.jitter and key is not None:
-                z_BTD = z_BTD * jax.random.uniform(key, z_BTD.shape, z_BTD.dtype, 1 - moe.jitter, 1 + moe.jitter)
+            if training and moe.jitter and key_B is not None:
+
+                def noise(key):
+                    return jax.random.uniform(key, z_BTD.shape[1:], z_BTD.dtype, 1 - moe.jitter, 1 + moe.jitter)
+
+                z_BTD = z_BTD * jax.vmap(noise)(key_B)
             logits_BTE = z_BTD @ self.router.astype(z_BTD.dtype)
             experts_BTk, gates_BTk, scores_BTE = route(moe, logits_BTE, self.bias.astype(z_BTD.dtype))
         weights = (self.experts.gate, self.experts.up, self.experts.down)

@@ -1,6 +1,6 @@
 """One optimizer step and one evaluation step, as pure functions of arrays.
 
-B rows, T positions, M micro-batches.
+B rows, T positions, M micro-batches, N devices, W losses remembered.
 """
 
 from collections.abc import Callable
@@ -8,24 +8,35 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from lumina.architecture import layer_kinds, layer_plan
-from lumina.config import Config, ModelConfig
+from lumina.config import Config, GuardConfig, ModelConfig
 from lumina_jax.loss import cross_entropy
+from lumina_jax.mesh import AXIS, ROWS, WHOLE, one_device
 from lumina_jax.model import Metrics, Variables, canonical_names, create, merge
 from lumina_jax.optimizer import make_optimizer, schedule
 
 Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, positions, each [B, T]
 
 
+class Guard(NamedTuple):
+    """What tells a good update from a bad one. Part of the state, so that a resumed run decides as it would have."""
+
+    losses_W: jax.Array  # float32: of the last updates that were made, all finite; NaN where there is none yet
+    skipped: jax.Array  # int32: updates skipped in a row
+
+
 class TrainState(NamedTuple):
     """All that a step changes. Random numbers derive from (seed, step); none are stored."""
 
-    step: jax.Array  # int32: updates done
+    step: jax.Array  # int32: batches consumed
     variables: Variables
     optimizer: optax.OptState
+    guard: Guard
 
 
 class Controls(NamedTuple):
@@ -35,17 +46,23 @@ class Controls(NamedTuple):
     balance_weight: float
     z_weight: float
     predictor_weight: float
+    update: bool  # False passes over the batch
+    stop_N: Any  # int32, by device: its process was asked to stop; each learns of all
 
 
-def controls(config: Config) -> Controls:
+def controls(config: Config, update: bool = True, stop_N: Any = None) -> Controls:
     """The controls as the config sets them."""
-    return Controls(1.0, config.model.moe.balance_weight, config.model.moe.z_weight, config.model.mod.predictor_weight)
+    moe, mod = config.model.moe, config.model.mod
+    stop_N = np.zeros(1, np.int32) if stop_N is None else stop_N
+    return Controls(1.0, moe.balance_weight, moe.z_weight, mod.predictor_weight, update, stop_N)
 
 
 def init_state(config: Config) -> tuple[nnx.GraphDef, TrainState]:
     """The graph definition and a fresh state, which may be traced."""
     graphdef, variables = create(config.model, config.train.seed)
-    return graphdef, TrainState(jnp.zeros((), jnp.int32), variables, make_optimizer(config).init(variables.params))
+    guard = Guard(jnp.full(config.guard.spike_window, jnp.nan, jnp.float32), jnp.zeros((), jnp.int32))
+    optimizer = make_optimizer(config).init(variables.params)
+    return graphdef, TrainState(jnp.zeros((), jnp.int32), variables, optimizer, guard)
 
 
 def state_shapes(config: Config) -> tuple[TrainState, nnx.GraphDef]:
@@ -71,17 +88,29 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:
     return total
 
 
-def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -> Callable:
-    """train_step(state, batch, controls) -> (state, metrics); `dtype` overrides the config's compute dtype.
+def make_train_step(
+    config: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None, token_bytes: Any = None, dtype: Any = None
+) -> Callable:
+    """train_step(state, batch, controls) -> (state, metrics).
 
-    The loss is the weighted sum over the whole batch divided by its weight, whatever the micro-batches; router losses are
-    means over rows. Both are sums over micro-batches of parts that already carry their share, so gradients simply add.
+    The loss is the weighted sum over the whole batch divided by its weight, whatever the micro-batches and devices; router
+    losses are means over rows. Both are sums of parts that already carry their share, so gradients simply add.
+
+    A loss or gradient that is not finite, or a spike (`config.guard`), makes no update: of the state only `step` and the
+    guard's count change. `metrics` has `skipped`, how many in a row, and `stop`, how many devices' processes asked to.
+
+    Args:
+        mesh: of the devices that share each batch; the first device when None.
+        token_bytes: int [V], bytes of text a token stands for; `metrics` then has `text_bytes` of the targets.
+        dtype: overrides the config's compute dtype.
     """
     optimizer, rate = make_optimizer(config), schedule(config.optim, config.train.steps)
     dtype, M = dtype or jnp.dtype(config.train.compute_dtype), config.train.micro_batches
+    mesh = mesh or one_device()
+    parts = M * mesh.size
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
 
-    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key: Any):
+    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key_B: Any):
         model = merge(graphdef, Variables(params, biases))
         hidden_BTD, metrics, _ = model(
             micro["inputs"],
@@ -90,26 +119,27 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
             dtype=dtype,
             training=True,
             remat=config.train.remat,
-            key=key,
+            key_B=key_B,
         )
         with jax.named_scope("loss"):
             flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
             sums = cross_entropy(flat, model.head_DV(dtype), micro["targets"].reshape(-1), micro["weights"].reshape(-1))
         loss = sums.loss / weight
-        # Counts add up over micro-batches; every other metric is a mean over rows and carries its share.
-        metrics = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a / M, metrics)
+        # Counts add up; every other metric is a mean over rows and carries its share.
+        metrics = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a / parts, metrics)
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
-    def train_step(state: TrainState, batch: Batch, knobs: Controls):
-        weight = jnp.sum(batch["weights"])
-        micros = jax.tree.map(lambda a: a.reshape(M, a.shape[0] // M, *a.shape[1:]), batch)
-        step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step) if random else None
+    def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
+        """Gradients and metrics, as one device sees its rows and then all devices' together."""
+        weight = jax.lax.psum(jnp.sum(batch["weights"]), AXIS)
+        micros = jax.tree.map(lambda a: a.reshape(M, a.shape[0] // M, *a.shape[1:]), (batch, row_B))
+        step_key = jax.random.fold_in(jax.random.key(config.train.seed), step) if random else None
 
         def accumulate(index: Any):
-            micro = jax.tree.map(lambda a: a[index], micros)
-            key = jax.random.fold_in(step_key, index) if step_key is not None else None
+            micro, row_b = jax.tree.map(lambda a: a[index], micros)
+            key_b = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(row_b) if step_key is not None else None
             (_, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-                state.variables.params, state.variables.biases, micro, weight, knobs, key
+                variables.params, variables.biases, micro, weight, knobs, key_b
             )
             return grads, metrics
 
@@ -122,7 +152,19 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
 
             zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(accumulate, 0))
             grads, metrics = jax.lax.fori_loop(0, M, add, zeros)
+        metrics["stop"] = jnp.sum(knobs.stop_N)
+        if token_bytes is not None:
+            metrics["text_bytes"] = _text_bytes(token_bytes, batch)
+        return jax.lax.psum((grads, metrics), AXIS)
 
+    same: Any = WHOLE
+    of_controls = Controls(same, same, same, same, same, stop_N=ROWS)
+    specs = (WHOLE, ROWS, ROWS, of_controls, WHOLE)
+    gradients = jax.shard_map(of_own_rows, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)
+
+    def train_step(state: TrainState, batch: Batch, knobs: Controls):
+        row_B = jnp.arange(batch["inputs"].shape[0], dtype=jnp.int32)
+        grads, metrics = gradients(state.variables, batch, row_B, knobs, state.step)
         with jax.named_scope("optimizer"):
             learning_rate = rate(state.step) * knobs.learning_rate_scale
             direction, optimizer_state = optimizer.update(grads, state.optimizer, state.variables.params)
@@ -130,9 +172,39 @@ def make_train_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -
             biases = update_biases(config.model, state.variables.biases, metrics)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         metrics["learning_rate"] = learning_rate
-        return TrainState(state.step + 1, Variables(params, biases), optimizer_state), metrics
+        with jax.named_scope("guard"):
+            good = is_good(config.guard, state.guard, metrics["loss"], metrics["gradient_norm"])
+            made = good & knobs.update
+            new = (Variables(params, biases), optimizer_state)
+            variables, optimizer_state = jax.tree.map(
+                lambda after, before: jnp.where(made, after, before), new, (state.variables, state.optimizer)
+            )
+            guard = remember(state.guard, metrics["loss"], made, skipped=~good & knobs.update)
+        metrics["skipped"] = guard.skipped
+        return TrainState(state.step + 1, variables, optimizer_state, guard), metrics
 
     return train_step
+
+
+def is_good(config: GuardConfig, guard: Guard, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
+    """Whether an update with this loss and gradient is to be made: both finite, and the loss no spike over a full window."""
+    good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    if config.spike_sigmas:  # comparisons with NaN are false: before the window is full there are no spikes
+        limit = jnp.mean(guard.losses_W) + config.spike_sigmas * jnp.std(guard.losses_W)
+        good &= ~(loss > limit)
+    return good
+
+
+def remember(guard: Guard, loss: jax.Array, made: jax.Array, skipped: jax.Array) -> Guard:
+    """The guard after an update that was made, skipped, or (neither) passed over."""
+    losses_W = jnp.concatenate([guard.losses_W[1:], loss.astype(jnp.float32)[None]])
+    return Guard(
+        jnp.where(made, losses_W, guard.losses_W), jnp.where(made, 0, guard.skipped + skipped.astype(guard.skipped.dtype))
+    )
+
+
+def _text_bytes(token_bytes_V: Any, batch: Batch) -> jax.Array:
+    return jnp.sum(jnp.asarray(token_bytes_V, jnp.int32)[batch["targets"]] * (batch["weights"] > 0))
 
 
 def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nnx.State:
@@ -152,24 +224,28 @@ def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nn
     return jax.tree_util.tree_map_with_path(update, biases)
 
 
-def make_eval_step(config: Config, graphdef: nnx.GraphDef, dtype: Any = None) -> Callable:
-    """eval_step(variables, batch) -> sums over tokens of loss, correct, weight, and of those that each MoD layer takes.
+def make_eval_step(
+    config: Config, graphdef: nnx.GraphDef, token_bytes: Any, mesh: Mesh | None = None, dtype: Any = None
+) -> Callable:
+    """eval_step(variables, batch) -> sums over tokens: loss, correct, weight, text_bytes and those that each MoD layer takes.
 
-    Routing is causal and nothing is dropped, as in generation.
+    Routing is causal and nothing is dropped, as in generation. Arguments as in `make_train_step`.
     """
-    dtype = dtype or jnp.dtype(config.train.compute_dtype)
+    dtype, mesh = dtype or jnp.dtype(config.train.compute_dtype), mesh or one_device()
 
-    def eval_step(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
+    def of_own_rows(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         model = merge(graphdef, variables)
         hidden_BTD, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=dtype)
         flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         sums = cross_entropy(flat, model.head_DV(dtype), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
         capacity_LB = metrics["mod"]["causal_capacity"] if "mod" in metrics else jnp.zeros((0, batch["inputs"].shape[0]))
-        return {
+        sums_of_own = {
             "loss": sums.loss,
             "correct": sums.correct,
             "weight": jnp.sum(batch["weights"]),
             "taken_L": capacity_LB @ jnp.sum(batch["weights"], axis=1),
+            "text_bytes": _text_bytes(token_bytes, batch),
         }
+        return jax.lax.psum(sums_of_own, AXIS)
 
-    return eval_step
+    return jax.shard_map(of_own_rows, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False)

@@ -1,145 +1,177 @@
 """Train a model: python -m lumina_jax.train --config configs/debug.py --workdir runs/debug
 
-The story, in order: the run and its data, the model, what is about to happen, the loop, the result.
+The story, in order: the run and its data, the model, what is about to happen, the loop (`lumina.runs.loop`), the result.
 """
 
-import json
+import os
+import shlex
 import sys
 import time
+import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lumina.config import Config
 from lumina.data import prepare
-from lumina.data.loader import prefetch
 from lumina.data.rows import Batches, Rows
-from lumina.errors import exit_with
+from lumina.errors import STOPPED_AND_SAVED, LuminaError, exit_with
 from lumina.flags import parse
-from lumina.runs.console import Console, printable
-from lumina.runs.directory import RunDirectory
-from lumina.runs.metrics import MetricsLog
+from lumina.runs.console import Console
+from lumina.runs.directory import Events, RunDirectory, config_fingerprint
+from lumina.runs.lock import RunLock
 
 SAMPLES = 3  # continuations printed at the end
 
 
-def train_and_evaluate(config: Config, workdir: Path) -> None:
-    """Train as `config` says, in `workdir`; a run found there goes on from its newest checkpoint."""
-    console = Console(config.train.steps)
+def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = False) -> int:
+    """Train as `config` says, in `workdir`; a run found there goes on from its newest checkpoint.
 
+    Returns the exit code: 0 when done, 75 when a signal stopped it and all is saved.
+    """
+    with ExitStack() as resources:
+        return _train_and_evaluate(config, RunDirectory(workdir), accept_changes, resources)
+
+
+def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool, resources: ExitStack) -> int:
     # ------------------------------------------------------------------------------------------ the run and its data
-    run = RunDirectory(workdir)
-    run.require_writable()
-    run.check_same_config(config)
+    writes = (os.environ.get("JAX_PROCESS_ID") or "0") == "0"  # of several processes one writes and speaks
+    console = Console(config.train.steps, sys.stderr if writes else None)
+    backup = None
+    if writes:
+        run.require_writable()
+        resources.callback(RunLock(run.lock).release)
+        if config.checkpoint.backup_dir:
+            from lumina.runs.backup import Backups
+
+            backup = Backups(run, config.checkpoint).make
+    run.check_same_config(config, accept_changes)
     corpus = prepare(config.data, config.model.vocab_size, console.status)
     console.done()
-    run.check_same_data(corpus.fingerprint)
-    end, T = corpus.document_end_id, config.data.sequence_length
-    train_batches = Batches(Rows(corpus.train, T, end), config.train.batch_size, config.train.seed)
-    rows_at_once = config.train.batch_size // config.train.micro_batches
-    held_out = Batches(Rows(corpus.held_out, T, end), rows_at_once, seed=0, shuffle=False)
-    token_bytes = corpus.tokenizer.token_bytes()
+    data = corpus.manifest | {"fingerprint": corpus.fingerprint}
+    run.check_same_data(data, accept_changes)
+    changes = run.changes(config) + run.data_changes(data)
 
     # ------------------------------------------------------------------------------- the model, new or where it stopped
     import jax  # from here on: a mistake above is told in the second that importing it would take
 
     from lumina.runs import report
+    from lumina.runs.loop import Backend, Loop
     from lumina_jax.checkpoint import Checkpoints
     from lumina_jax.device import describe, matmul_peak
     from lumina_jax.evaluate import evaluate
     from lumina_jax.generate import Generator, Sampling
+    from lumina_jax.mesh import join, make_mesh, own_copy, place_rows, shaped_whole, whole
     from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step, state_shapes
 
+    join()
+    mesh, part = make_mesh(config), (jax.process_index(), jax.process_count())
+    end, T, train = corpus.document_end_id, config.data.sequence_length, config.train
+    train_batches = Batches(Rows(corpus.train, T, end), train.batch_size, train.seed, part=part)
+    rows_at_once = train.batch_size // train.micro_batches
+    held_out = Batches(Rows(corpus.held_out, T, end), rows_at_once, seed=0, shuffle=False, part=part)
+    token_bytes = corpus.tokenizer.token_bytes()
     shapes, graphdef = state_shapes(config)
-    checkpoints = Checkpoints(run, config.checkpoint)
-    progress: dict[str, Any] = {"best_loss": None, "best_step": None, "evaluations_without_improvement": 0}
-    if checkpoints.latest_step is None:
-        run.begin(config, corpus.manifest | {"fingerprint": corpus.fingerprint}, corpus.tokenizer)
-        state = jax.jit(lambda: init_state(config)[1])()
-    else:
-        state, progress = checkpoints.restore(shapes)
-    start = int(state.step)
-    if result := report.finished(run, config.train, start):
-        report.print_result(run, result)
+    events = Events(run if writes else None, console.say)
+    checkpoints = Checkpoints(run, config.checkpoint, events, shaped_whole(mesh, shapes), backup)
+    resources.callback(checkpoints.close)
+    restored = checkpoints.restore()
+    start = int(restored[0].step) if restored else 0
+    if writes:
+        run.record(config, data, corpus.tokenizer)
+    if result := report.finished(run, train, start):
+        if writes:
+            report.print_result(run, result)
         goes_on = "--config.train.early_stopping=0" if result["stopped_early"] else "a larger --config.train.steps"
         console.say(f"{run.path} is complete: {goes_on} goes on, another --workdir starts anew")
-        checkpoints.close()
-        return
+        return 0
+    checkpoints.require_room()
 
     # ---------------------------------------------------------------------------------------- what is about to happen
-    peak = matmul_peak(config.train.compute_dtype)
-    console.say(report.opening(config, run, corpus, train_batches, start, describe(), peak))
+    cause = os.environ.get("LUMINA_RESTART_CAUSE", "")  # from `lumina run`
+    events.write("started", start, command=sys.argv, process=os.getpid(), **({"restarted_because": cause} if cause else {}))
+    for change in changes:
+        events.write("changed", start, f"changed from step {start} on: {change}")
+    peak = matmul_peak(train.compute_dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
+    console.say(report.opening(config, run, corpus, start, describe(mesh), peak))
     console.status("compiling the training step")
     began = time.perf_counter()
-    eval_step = jax.jit(make_eval_step(config, graphdef))
-    train_step = jax.jit(make_train_step(config, graphdef), donate_argnums=0)
-    compiled_step = train_step.lower(state, train_batches.batch(start), controls(config)).compile()
+    eval_step = jax.jit(make_eval_step(config, graphdef, token_bytes, mesh))
+    train_step = jax.jit(make_train_step(config, graphdef, mesh, token_bytes), donate_argnums=0)
+
+    def inputs(batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
+        asked_N = place_rows(mesh, np.full(len(mesh.local_devices), stop, np.int32))
+        return place_rows(mesh, batch), controls(config, update, asked_N)
+
+    fresh = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))
+    sizes = shaped_whole(mesh, shapes)
+    compiled_step = train_step.lower(sizes, *inputs(train_batches.batch(0), True, False)).compile()
     console.say(f"compiled in {time.perf_counter() - began:.1f} s")
-    log = MetricsLog(run, config.monitor, start)
-    reporter = report.Reporter(config, run, console, log, train_batches, token_bytes, peak, jax.device_get)
-
-    def look(state: TrainState, step: int) -> bool:
-        """Evaluate, keep the best, and say whether to stop early."""
-        result = evaluate(eval_step, state.variables, held_out, token_bytes, config.train.eval_rows)
-        log.write("eval", {"step": step, **result})
-        console.say(f"step {step}: held out {report.figures(result)}")
-        progress.update(last=result, last_step=step)
-        progress["evaluations_without_improvement"] += 1
-        if progress["best_loss"] is None or result["loss"] < progress["best_loss"]:
-            progress.update(best_loss=result["loss"], best_step=step, evaluations_without_improvement=0)
-            checkpoints.save_best(step, state, progress)
-        return 0 < config.train.early_stopping <= progress["evaluations_without_improvement"]
-
-    def sample(state: TrainState, step: int, count: int) -> list[str]:
-        """Continuations of the config's prompt, also kept in samples/."""
-        generator = Generator(config, graphdef, state.variables, corpus.tokenizer)
-        prompt = config.monitor.sample_prompt
-        length = min(config.monitor.sample_tokens, generator.room(prompt))
-        samples = [prompt + "".join(generator.text(prompt, length, Sampling(seed=seed))) for seed in range(count)]
-        run.samples.mkdir(exist_ok=True)
-        (run.samples / f"{step}.txt").write_text("\n---\n".join(samples) + "\n", encoding="utf-8")
-        return samples
 
     # ------------------------------------------------------------------------------------------------------- the loop
-    step, stop = start, 0 < config.train.early_stopping <= progress["evaluations_without_improvement"]
-    for number, batch in prefetch(train_batches, start, start if stop else config.train.steps):
-        state, metrics = compiled_step(state, batch, controls(config))
-        step = number + 1
-        reporter.dispatched(step, batch, metrics)  # reads the metrics of the step before, while this one computes
-        last = step == config.train.steps
-        evaluating = last or (config.train.eval_every > 0 and step % config.train.eval_every == 0)
-        sampling = not last and config.monitor.sample_every > 0 and step % config.monitor.sample_every == 0
-        saving = last or step % config.checkpoint.every == 0
-        if evaluating or sampling or saving:
-            reporter.flush()
-            stop = look(state, step) if evaluating else False
-            if sampling:
-                console.say(printable(sample(state, step, 1)[0]))
-            if saving or stop:
-                checkpoints.save(step, state, progress)
-            reporter.pause()
-        if stop:
-            console.say(f"stopped early: {config.train.early_stopping} evaluations without improvement")
-            break
-    if progress.get("last_step") != step:  # no step was left to make, and none evaluated the last one
-        look(state, step)
-    console.done()
-    checkpoints.wait()
+    def held_out_loss(state: TrainState, alive: Any) -> dict[str, Any]:
+        batches = (place_rows(mesh, batch) for batch in held_out.evaluation(train.eval_rows))
+        return evaluate(eval_step, state.variables, batches, alive)
+
+    def sample(state: TrainState, count: int) -> list[str]:
+        generator = Generator(config, graphdef, own_copy(state.variables), corpus.tokenizer)
+        prompt = config.monitor.sample_prompt
+        length = min(config.monitor.sample_tokens, generator.room(prompt))
+        return [prompt + "".join(generator.text(prompt, length, Sampling(seed=seed))) for seed in range(count)]
+
+    backend = Backend(
+        fresh=fresh,
+        train_step=lambda state, batch, update, stop: compiled_step(state, *inputs(batch, update, stop)),
+        fetch=jax.device_get,
+        steps_of=lambda state: int(state.step),
+        evaluate=held_out_loss,
+        sample=sample,
+        processes=part[1],
+        writes=writes,
+    )
+    fingerprints = {
+        "config": config_fingerprint(config),
+        "tokenizer": corpus.tokenizer.fingerprint,
+        "data": corpus.fingerprint,
+    }
+    loop = Loop(config, run, backend, train_batches, checkpoints, restored, console, events, fingerprints, peak)
+    del restored  # its arrays are the loop's to give away
+    outcome = loop.run()
+    if outcome == "stopped":
+        return STOPPED_AND_SAVED
 
     # ----------------------------------------------------------------------------------------------------- the result
-    result = {"step": step, "stopped_early": stop, "held_out": progress["last"], "best_step": progress["best_step"]}
-    if config.train.eval_rows == 0:
-        result["compressors"] = report.compressors(report.evaluated_text(corpus, held_out))
-    result["samples"] = sample(state, step, SAMPLES)
-    run.result.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    report.print_result(run, result)
-    log.close()
-    checkpoints.close()
+    if outcome == "stopped early":
+        console.say(f"stopped early: {train.early_stopping} evaluations without improvement")
+    if writes:
+        progress, step = loop.progress, loop.step
+        result = {"step": step, "stopped_early": outcome == "stopped early", "held_out": progress.last}
+        result["best_step"] = progress.best_step
+        if train.eval_rows == 0:
+            result["compressors"] = report.compressors(report.evaluated_text(corpus, held_out))
+        result["samples"] = loop.sample(SAMPLES)
+        run.write_result(result)
+        events.write("finished", step)
+        report.print_result(run, result)
+    return 0
 
 
 def main() -> None:
     """Entry point of `python -m lumina_jax.train`."""
-    config, workdir = parse("lumina_jax.train", sys.argv[1:])
-    train_and_evaluate(config, workdir)
+    try:
+        code = train_and_evaluate(*parse("lumina_jax.train", sys.argv[1:]))
+    except (LuminaError, BrokenPipeError):
+        raise
+    except Exception:  # what failed may have left threads that never end, and an exit in order would wait for them
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    if code == STOPPED_AND_SAVED:
+        again = shlex.join([sys.executable, "-m", "lumina_jax.train", *sys.argv[1:]])
+        print(f"all is saved; this goes on where it stopped:\n  {again}", file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

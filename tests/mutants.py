@@ -32,6 +32,7 @@ STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.p
 MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
 EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
 CHECKPOINT, ARCHITECTURE, TOKENIZER = "lumina_jax/test_checkpoint.py", "lumina/test_architecture.py", "lumina/test_tokenizer.py"
+DIGEST, LOOP, ROWS = "lumina_jax/test_digest.py", "lumina/runs/test_loop.py", "lumina/data/test_rows.py"
 
 MUTANTS = [
     # ------------------------------------------------------------------------------------------------- loss and targets
@@ -66,7 +67,9 @@ MUTANTS = [
         STEP,
     ),
     Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, M,", "fori_loop(0, M - 1,", STEP),
-    Mutant("router losses added up over micro-batches", "lumina_jax/step.py", "else a / M, metrics)", "else a, metrics)", STEP),
+    Mutant(
+        "router losses added up over micro-batches", "lumina_jax/step.py", "else a / parts, metrics)", "else a, metrics)", STEP
+    ),
     # -------------------------------------------------------------------------------------------------------- optimizer
     Mutant(
         "warm-up computed and not used",
@@ -220,9 +223,9 @@ MUTANTS = [
     ),
     Mutant(
         "padding's bytes counted",
-        "lumina_jax/evaluate.py",
-        'batch["targets"][batch["weights"] > 0]',
-        'batch["targets"]',
+        "lumina_jax/step.py",
+        '[batch["targets"]] * (batch["weights"] > 0))',
+        '[batch["targets"]])',
         EVALUATE,
     ),
     Mutant(
@@ -267,26 +270,157 @@ MUTANTS = [
     Mutant(
         "dtypes cast silently on restore",
         "lumina_jax/checkpoint.py",
-        "    _check_fits(manager, step, like)\n",
+        '            _check_fits(self.steps.directory(step), manifest["leaves"], like)\n',
         "",
         CHECKPOINT,
     ),
     Mutant(
-        "a failed load goes on with random weights",
-        "lumina_jax/train.py",
-        "        state, progress = checkpoints.restore(shapes)\n",
-        "        try:\n            state, progress = checkpoints.restore(shapes)\n"
-        "        except Exception:\n            state = jax.jit(lambda: init_state(config)[1])()\n",
-        TRAIN,
+        "damaged checkpoints alone begin anew",
+        "lumina_jax/checkpoint.py",
+        "if self._agreed(self.steps.broken() != []):",
+        "if False:",
+        CHECKPOINT,
     ),
     Mutant(
-        "resume skips a batch",
-        "lumina_jax/train.py",
-        "prefetch(train_batches, start, start if stop else config.train.steps):",
-        "prefetch(train_batches, start + (start > 0), start if stop else config.train.steps):",
-        TRAIN,
+        "restored values not compared with the saved ones",
+        "lumina_jax/checkpoint.py",
+        '                wrong = _damaged(named, manifest["leaves"])\n',
+        "                wrong = []\n",
+        CHECKPOINT,
     ),
-    Mutant("a changed config accepted", "lumina/runs/directory.py", "        if changed:", "        if False:", "lumina/runs"),
+    Mutant(
+        "the best checkpoint goes with the old ones",
+        "lumina_jax/checkpoint.py",
+        "self.steps.superfluous(best)",
+        "self.steps.superfluous(None)",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "saved while the next step writes into it",
+        "lumina_jax/checkpoint.py",
+        "            self._orbax.wait_until_finished()\n            if not self._writes:",
+        "            if not self._writes:",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "digest blind to order",
+        "lumina_jax/digest.py",
+        "words ^ jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)",
+        "words",
+        DIGEST,
+    ),
+    # ------------------------------------------------------------------------------------------- devices and processes
+    Mutant(
+        "each device updates with its own gradient",
+        "lumina_jax/step.py",
+        "return jax.lax.psum((grads, metrics), AXIS)",
+        "return grads, jax.lax.psum(metrics, AXIS)",
+        STEP,
+    ),
+    Mutant(
+        "each device divides by its own weight",
+        "lumina_jax/step.py",
+        'weight = jax.lax.psum(jnp.sum(batch["weights"]), AXIS)',
+        'weight = jnp.sum(batch["weights"]) * jax.lax.psum(1, AXIS)',
+        STEP,
+    ),
+    Mutant(
+        "dropout by place within the device",
+        "lumina_jax/step.py",
+        "jax.random.fold_in(step_key, row))(row_b)",
+        "jax.random.fold_in(step_key, row))(jnp.arange(row_b.shape[0]))",
+        STEP,
+    ),
+    Mutant(
+        "every process reads the first part", "lumina/data/rows.py", "numbers[index * B : (index + 1) * B]", "numbers[:B]", ROWS
+    ),
+    # ------------------------------------------------------------------------------------------------------- bad steps
+    Mutant(
+        "a gradient that is not finite is applied",
+        "lumina_jax/step.py",
+        "good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)",
+        "good = jnp.isfinite(loss)",
+        STEP,
+    ),
+    Mutant(
+        "moments move in a skipped step",
+        "lumina_jax/step.py",
+        "            variables, optimizer_state = jax.tree.map(",
+        "            variables, _ = jax.tree.map(",
+        STEP,
+    ),
+    Mutant(
+        "router biases move in a skipped step",
+        "lumina_jax/step.py",
+        "return TrainState(state.step + 1, variables, optimizer_state",
+        "return TrainState(state.step + 1, Variables(variables.params, biases), optimizer_state",
+        STEP,
+    ),
+    Mutant(
+        "skipped losses enter the window",
+        "lumina_jax/step.py",
+        "jnp.where(made, losses_W, guard.losses_W)",
+        "losses_W",
+        STEP,
+    ),
+    Mutant(
+        "spikes before the window is full",
+        "lumina_jax/step.py",
+        "jnp.mean(guard.losses_W) + config.spike_sigmas * jnp.std(guard.losses_W)",
+        "jnp.nanmean(guard.losses_W) + config.spike_sigmas * jnp.nanstd(guard.losses_W)",
+        STEP,
+    ),
+    Mutant("passing over counts as skipping", "lumina_jax/step.py", "skipped=~good & knobs.update)", "skipped=~good)", STEP),
+    Mutant(
+        "the last step is not judged",
+        "lumina/runs/loop.py",
+        "                self._judge(self.reporter.flush())\n",
+        "                self.reporter.flush()\n",
+        LOOP,
+    ),
+    Mutant(
+        "a rewind makes the same steps again",
+        "lumina/runs/loop.py",
+        "update = not self.progress.passes_over(number + 1)",
+        "update = True",
+        LOOP,
+    ),
+    # --------------------------------------------------------------------------------------------------------- going on
+    Mutant(
+        "resume skips a batch",
+        "lumina/runs/loop.py",
+        "prefetch(self.batches, self.step, steps, config.data.workers):",
+        "prefetch(self.batches, self.step + (self.step > 0), steps, config.data.workers):",
+        LOOP,
+    ),
+    Mutant(
+        "another batch size begins elsewhere",
+        "lumina/runs/loop.py",
+        "        self.batches = batches.following(self.step, self.progress.rows)\n",
+        "        self.batches = batches\n",
+        LOOP,
+    ),
+    Mutant(
+        "stopped and not saved",
+        "lumina/runs/loop.py",
+        "saving = last or stopping or",
+        "saving = last or",
+        LOOP,
+    ),
+    Mutant(
+        "an error costs the steps since the checkpoint",
+        "lumina/runs/loop.py",
+        "            self._failed(error)\n            raise\n",
+        "            raise\n",
+        LOOP,
+    ),
+    Mutant(
+        "a changed config accepted",
+        "lumina/runs/directory.py",
+        "if changed and not accept:",
+        "if False:",
+        "lumina/runs/test_directory.py",
+    ),
 ]
 
 

@@ -4,6 +4,7 @@
 found again; anything else is made anew.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,6 +26,7 @@ from lumina.data.rows import Batches, Rows
 from lumina.data.shards import ShardWriter, TokenStream
 from lumina.data.sources import Document, Rejects, Source, open_source, place
 from lumina.errors import ConfigError, DataError, UsageError
+from lumina.runs.lock import is_locked
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
@@ -116,11 +118,19 @@ def _cache_root(data: DataConfig) -> Path:
 def _appearing_whole(path: Path) -> Iterator[Path]:
     """A new directory that becomes `path` when the block succeeds and vanishes when it does not.
 
-    Where two processes make the same one, the first to finish wins and the other's is dropped.
+    Where two processes make the same one, the first to finish wins and the other's is dropped. What a killed process left
+    is removed: the lock on it went with the process.
     """
     directory = path.parent / f".making-{uuid.uuid4().hex}"
+    lock = None
     try:
         directory.mkdir(parents=True)
+        lock = os.open(directory, os.O_RDONLY)
+        with suppress(OSError):  # a file system without locks: leftovers stay
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for left in path.parent.glob(".making-*"):
+                if time.time() - left.stat().st_ctime > 60 and not is_locked(left):  # a minute, as locking follows making
+                    shutil.rmtree(left, ignore_errors=True)
         yield directory
         try:
             directory.rename(path)
@@ -131,6 +141,8 @@ def _appearing_whole(path: Path) -> Iterator[Path]:
         works = "set data.cache_dir or LUMINA_CACHE to a directory that can, with room"
         raise UsageError(f"{error.filename or path}: the cache cannot be written ({error.strerror}); {works}") from error
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(directory, ignore_errors=True)
 
 

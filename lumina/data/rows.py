@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lumina.data.shards import TokenStream
-from lumina.errors import DataError
+from lumina.errors import ConfigError, DataError
 
 ROUNDS = 8
 
@@ -77,14 +77,39 @@ class Rows:
 class Batches:
     """Batches of rows: shuffled anew each epoch for training, in order for evaluation."""
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self, rows: Rows, batch_size: int, seed: int, shuffle: bool = True, part: tuple[int, int] = (0, 1), first: int = 0
+    ):
+        """
+        Args:
+            rows: of one stream.
+            batch_size: B, rows a step; all processes together.
+            seed: of the order, a new one each epoch.
+            shuffle: False reads them in order.
+            part: (i, n) reads the i-th of n equal parts of each batch: what one of n processes needs.
+            first: rows, in the run's order, that come before those of step 0; see `following`.
+        """
+        if batch_size % part[1]:
+            raise ConfigError(
+                f"train.batch_size / train.micro_batches = {batch_size} rows: must be a multiple of {part[1]} processes"
+            )
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
+        self.part, self.first = part, first
+
+    def following(self, step: int, consumed: int) -> "Batches":
+        """The same batches, but that step `step` begins after `consumed` rows: they were read in batches of another size."""
+        first = consumed - step * self.batch_size
+        return Batches(self.rows, self.batch_size, self.seed, self.shuffle, self.part, first)
+
+    def consumed(self, step: int) -> int:
+        """Rows read before step `step`."""
+        return self.first + step * self.batch_size
 
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows step `step` reads, int64 [B]. Epochs follow each other without a gap, within a batch if need be."""
-        if step < 0:
+        if step < 0 or self.consumed(step) < 0:
             raise IndexError(f"step {step}: steps count from 0")
-        epochs, numbers = np.divmod(step * self.batch_size + np.arange(self.batch_size, dtype=np.int64), len(self.rows))
+        epochs, numbers = np.divmod(self.consumed(step) + np.arange(self.batch_size, dtype=np.int64), len(self.rows))
         if self.shuffle:
             for epoch in np.unique(epochs):
                 within = epochs == epoch
@@ -92,7 +117,7 @@ class Batches:
         return numbers
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of step `step`: inputs, targets, segments, positions int32 [B, T]; weights float32 [B, T]."""
+        """This part of the batch of step `step`: inputs, targets, segments, positions int32 [B, T]; weights float32 [B, T]."""
         return self._of(self.row_numbers(step))
 
     def evaluation(self, max_rows: int = 0) -> Iterator[dict[str, np.ndarray]]:
@@ -102,10 +127,11 @@ class Batches:
             yield self._of(np.arange(start, min(start + self.batch_size, stop)))
 
     def _of(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        T = self.rows.sequence_length
-        tokens = np.zeros((self.batch_size, T + 1), np.int32)
-        weights = np.zeros((self.batch_size, T), np.float32)
-        for i, number in enumerate(numbers):
+        index, parts = self.part
+        B, T = self.batch_size // parts, self.rows.sequence_length
+        tokens = np.zeros((B, T + 1), np.int32)
+        weights = np.zeros((B, T), np.float32)
+        for i, number in enumerate(numbers[index * B : (index + 1) * B]):
             tokens[i] = self.rows.row(int(number))
             weights[i] = 1
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # the one place where targets are shifted

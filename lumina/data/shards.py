@@ -124,7 +124,7 @@ class TokenStream:
     def __init__(self, directory: Path, name: str, part: dict[str, Any]):
         self.name = name
         self.num_tokens: int = part["tokens"]
-        self._directory, self._shards, self._dtype = directory, part["shards"], part["dtype"]
+        self._directory, self._part, self._shards, self._dtype = directory, part, part["shards"], part["dtype"]
         self._record_tokens, self._shard_records = part["record_tokens"], part["shard_records"]
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
@@ -134,6 +134,10 @@ class TokenStream:
             size = path.stat().st_size if path.is_file() else None
             if size != shard["bytes"]:
                 raise self._broken(shard, "is missing" if size is None else f"has {size} bytes, not {shard['bytes']}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process, such as one that makes batches, opens its own readers."""
+        return TokenStream, (self._directory, self.name, self._part)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Token ids [start, stop) as a new int32 array; raises DataError where a record is corrupt."""

@@ -23,25 +23,24 @@ def printable(text: str) -> str:
 class Console:
     """Prints the state of a run: a line that rewrites itself on a terminal, a line at each log step elsewhere."""
 
-    def __init__(self, steps: int, stream: TextIO = sys.stderr):
+    def __init__(self, steps: int, stream: TextIO | None = sys.stderr):
+        """Without a stream, in all processes of a run but the first, it says nothing."""
         self.steps = steps
         self.stream = stream
-        self.live = stream.isatty()
+        self.live = stream is not None and stream.isatty()
         self._open = False
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
-        if self._open:
-            self.stream.write("\r\x1b[K")
-        self._open = False
-        print(text, file=self.stream, flush=True)
+        clear, self._open = "\r\x1b[K" if self._open else "", False
+        self._write(f"{clear}{text}\n")
 
     def status(self, text: str) -> None:
         """A passing line, such as how far the data is prepared; elsewhere than on a terminal, a plain line."""
         if self.live:
-            self._write(text)
+            self._rewrite(text)
         else:
-            print(text, file=self.stream, flush=True)
+            self._write(text + "\n")
 
     def progress(self, record: dict[str, float], logged: bool) -> None:
         """Show a training step. `record` has step, loss, bits_per_byte, learning_rate, gradient_norm, tokens_per_second,
@@ -52,21 +51,30 @@ class Console:
             f"peak {100 * record['peak_fraction']:.0f}%  lr {record['learning_rate']:.1e}  grad {record['gradient_norm']:.2f}"
         )
         if self.live:
-            self._write(line)
+            self._rewrite(line)
         elif logged:
-            print(line, file=self.stream, flush=True)
+            self._write(line + "\n")
 
     def done(self) -> None:
         """Leave the live line as it stands."""
         if self.live and self._open:
-            print(file=self.stream, flush=True)
+            self._write("\n")
         self._open = False
 
-    def _write(self, line: str) -> None:
-        width = shutil.get_terminal_size().columns - 1
+    def _rewrite(self, line: str) -> None:
         self._open = True
-        self.stream.write("\r\x1b[K" + line[:width])
-        self.stream.flush()
+        self._write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
+
+    def _write(self, text: str) -> None:
+        if self.stream is None:
+            return
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:  # nobody reads any more: the caller decides
+            raise
+        except OSError:  # a full disk under a redirected log costs its lines, not the run
+            pass
 
 
 class Rate:

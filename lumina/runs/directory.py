@@ -1,12 +1,18 @@
 """The directory of a run, and the rules for going on with one."""
 
+import hashlib
 import json
 import os
+import re
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lumina.config import Config, from_dict, save, to_dict
 from lumina.errors import ConfigError, DataError, UsageError
+from lumina.runs.journal import Journal
 
 # Fields that may differ when a run goes on: they change no number that an earlier step has produced, and no later one but by
 # rounding.
@@ -15,14 +21,19 @@ MAY_CHANGE = (
     "train.micro_batches",
     "train.eval_",
     "train.early_stopping",
+    "mesh.",
     "checkpoint.",
+    "guard.max_",
+    "guard.hang_seconds",
     "monitor.",
     "data.cache_dir",
+    "data.workers",
 )
+ACCEPT = "--accept-changes"
 
 
 class RunDirectory:
-    """config.json, data.json, tokenizer/, metrics.jsonl, ledger.jsonl, tensorboard/, samples/, checkpoints/."""
+    """config.json, data.json, tokenizer/, metrics.jsonl, ledger.jsonl, events.jsonl, tensorboard/, samples/, checkpoints/."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -31,11 +42,12 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         self.metrics = self.path / "metrics.jsonl"
         self.ledger = self.path / "ledger.jsonl"
+        self.events = self.path / "events.jsonl"
         self.result = self.path / "result.json"
         self.tensorboard = self.path / "tensorboard"
         self.samples = self.path / "samples"
         self.checkpoints = self.path / "checkpoints"
-        self.best = self.path / "best"
+        self.lock = self.path / "lock"
 
     def require_writable(self) -> None:
         """Make the directory, or raise a UsageError now rather than after the first expensive minute."""
@@ -47,62 +59,115 @@ class RunDirectory:
         except OSError as error:
             raise UsageError(f"{self.path}: cannot be written ({error.strerror}); choose another --workdir") from error
 
-    def check_same_config(self, config: Config) -> None:
-        """Refuse to go on with a run under a config that would make other numbers, naming each field."""
+    def changes(self, config: Config) -> list[str]:
+        """Fields in which `config` differs from that of the run, as `name: before -> now`, those that may change included."""
+        before, now = _flat(to_dict(self._saved_config() or config)), _flat(to_dict(config))
+        return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+
+    def check_same_config(self, config: Config, accept: bool = False) -> None:
+        """Refuse to go on with a run under a config that would make other numbers, naming each field, unless `accept`."""
+        changed = [change for change in self.changes(config) if not change.startswith(MAY_CHANGE)]
+        if changed and not accept:
+            raise ConfigError(
+                f"{self.path} holds a run of another config ({'; '.join(changed)}); choose another --workdir, "
+                f"or go on with the change from the newest checkpoint: {ACCEPT}"
+            )
+
+    def data_changes(self, data: dict[str, Any]) -> list[str]:
+        """How `data`, a corpus's manifest with its fingerprint, differs from what the run began with, field by field."""
+        before = self._saved_data()
+        if before is None or before["fingerprint"] == data["fingerprint"]:
+            return []
+        then, now = _flat(before), _flat(data)
+        told = [n for n in now if n.startswith(("source.", "tokenizer.", "held_out", "train.")) and not n.endswith("shards")]
+        changed = [f"{name}: {_brief(then.get(name))} -> {_brief(now[name])}" for name in told if then.get(name) != now[name]]
+        return changed or [f"fingerprint: {_brief(before['fingerprint'])} -> {_brief(data['fingerprint'])}"]
+
+    def check_same_data(self, data: dict[str, Any], accept: bool = False) -> None:
+        """Refuse to go on with a run on other data, or another tokenizer, than it began with, unless `accept`."""
+        changed = self.data_changes(data)
+        if changed and not accept:
+            raise DataError(
+                f"{self.path} began on other data ({'; '.join(changed)}), such as a changed file, or another Python whose "
+                f"standard library differs; restore the data, choose another --workdir, or go on with it: {ACCEPT}"
+            )
+
+    def record(self, config: Config, data: dict[str, Any], tokenizer: Any) -> None:
+        """Write down what the run is made of, each file whole or not at all."""
+        if self._saved_config() != config:
+            _replace(self.config, lambda path: save(config, path))
+        if (self._saved_data() or {}).get("fingerprint") != data["fingerprint"]:
+            tokenizer.save(self.tokenizer)
+            for path in self.tokenizer.iterdir():
+                _sync(path)
+            _replace(self.data, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """How the run ended."""
+        _replace(self.result, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+
+    def _saved_config(self) -> Config | None:
         if not self.config.is_file():
-            return
+            return None
         try:
-            before = _flat(to_dict(from_dict(json.loads(self.config.read_text(encoding="utf-8")))))
-        except ValueError as error:
+            return from_dict(json.loads(self.config.read_text(encoding="utf-8")))
+        except (ValueError, ConfigError) as error:
             raise ConfigError(f"{self.config}: cannot be read ({error}); choose another --workdir") from error
-        now = _flat(to_dict(config))
-        changed = [f"{k}: {before[k]!r} -> {now[k]!r}" for k in now if before[k] != now[k] and not k.startswith(MAY_CHANGE)]
-        if changed:
-            raise ConfigError(f"{self.path} holds a run of another config ({'; '.join(changed)}); choose another --workdir")
 
-    def check_same_data(self, fingerprint: str) -> None:
-        """Refuse to go on with a run on other data than it began with."""
-        if self.data.is_file():
-            before = json.loads(self.data.read_text(encoding="utf-8"))["fingerprint"]
-            if before != fingerprint:
-                raise DataError(
-                    f"{self.path} began on data {before[:12]}, this is {fingerprint[:12]} (a changed file, or another Python "
-                    "whose standard library differs); restore the data or choose another --workdir"
-                )
-
-    def begin(self, config: Config, data: dict[str, Any], tokenizer: Any) -> None:
-        """Record what the run is made of."""
-        save(config, self.config)
-        self.data.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        tokenizer.save(self.tokenizer)
-
-
-def append_json(path: Path, record: dict[str, Any]) -> None:
-    """Append one line in one write, so that a reader never sees half of two."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def trim_after(path: Path, step: int) -> None:
-    """Drop the records of steps after `step`, and a half-written last line: they will be made again."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    def _saved_data(self) -> dict[str, Any] | None:
+        if not self.data.is_file():
+            return None
         try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if record["step"] <= step:
-            kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+            saved = json.loads(self.data.read_text(encoding="utf-8"))
+            saved["fingerprint"]
+            return dict(saved)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.data}: cannot be read ({error}); choose another --workdir") from error
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All records of a file that `append_json` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class Events:
+    """events.jsonl: starts, resumptions, stops, skipped batches, broken checkpoints, restarts with causes, never trimmed."""
+
+    def __init__(self, run: RunDirectory | None, say: Callable[[str], None]):
+        """Without a run, in all processes but the first, nothing is recorded."""
+        self._journal, self._say = Journal(run.events, say) if run else None, say
+        self._lock = threading.Lock()  # saves and backups tell of themselves from threads of their own
+
+    def write(self, event: str, step: int, says: str = "", **details: Any) -> None:
+        """Record an event, with the time; `says` is also shown."""
+        if says:
+            self._say(says)
+        if self._journal is None:
+            return
+        when = datetime.now(UTC).isoformat(timespec="milliseconds")
+        with self._lock:
+            self._journal.append({"time": when, "event": event, "step": step, **({"says": says} if says else {}), **details})
+
+
+def config_fingerprint(config: Config) -> str:
+    """SHA-256 over the fields that decide a run's numbers."""
+    deciding = {name: value for name, value in _flat(to_dict(config)).items() if not name.startswith(MAY_CHANGE)}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+    temporary = path.with_name(f".new-{path.name}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # where it could not be finished
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _brief(value: Any) -> str:
+    """A value in few characters: hashes are told apart by their first twelve."""
+    return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else repr(value)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,24 +9,23 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-import numpy as np
-
 from lumina.architecture import counts, layer_kinds, memory
 from lumina.config import Config, TrainConfig
 from lumina.data import Corpus
 from lumina.data.rows import Batches
 from lumina.runs.console import Console, Rate, printable, table
-from lumina.runs.directory import RunDirectory, append_json
+from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import Journal
 from lumina.runs.metrics import MetricsLog
 from lumina.runs.units import flops_per_second, gib, si
 
 
-def opening(config: Config, run: RunDirectory, corpus: Corpus, batches: Batches, start: int, device: str, peak: float) -> str:
+def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, device: str, peak: float) -> str:
     """The table that a run begins with: what is about to happen, and what was chosen and why."""
     count, needed, train, model = counts(config), memory(config), config.train, config.model
     kinds = layer_kinds(model)
     tokens = train.batch_size * config.data.sequence_length
-    epochs = train.steps * train.batch_size / len(batches.rows)
+    epochs = train.steps * tokens / corpus.train.num_tokens
     manifest = corpus.manifest
     chosen = "attention: chunked, in XLA (the only form yet)"
     if any(kind.startswith("moe") for kind in kinds):
@@ -71,36 +70,42 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        run: RunDirectory,
         console: Console,
-        log: MetricsLog,
+        log: MetricsLog | None,
+        ledger: Journal | None,
         batches: Batches,
-        token_bytes: np.ndarray,
         peak: float,
         fetch: Callable[[Any], Any],
     ):
-        """`fetch` brings a step's metrics from the device to the host as numpy arrays."""
-        self.config, self.run, self.console, self.log, self.batches = config, run, console, log, batches
-        self.token_bytes, self.peak, self.fetch = token_bytes, peak, fetch
+        """`fetch` brings a step's metrics from the device to the host as numpy arrays. Without `log` and `ledger`, in all
+        processes but the first, nothing is written."""
+        self.config, self.console, self.log, self.ledger, self.batches = config, console, log, ledger, batches
+        self.peak, self.fetch = peak, fetch
         self.tokens = config.train.batch_size * config.data.sequence_length
         self.flops = counts(config).training_flops
         self.rate = Rate()
-        self.pending: tuple[int, int, Any] | None = None
+        self.pending: tuple[int, Any, bool] | None = None  # step, metrics, update
 
-    def dispatched(self, step: int, batch: dict[str, np.ndarray], metrics: Any) -> None:
-        """Step `step` is under way; report the one before it."""
-        self.flush()
-        self.pending = (step, int(self.token_bytes[batch["targets"]].sum()), metrics)
+    def dispatched(self, step: int, metrics: Any, update: bool) -> dict[str, Any] | None:
+        """Step `step` is under way, with an update or passing over its batch; report the one before it, as `flush` does."""
+        before = self.flush()
+        self.pending = (step, metrics, update)
+        return before
+
+    def forget(self) -> None:
+        """The step under way does not count."""
+        self.pending = None
 
     def pause(self) -> None:
         """What comes until the next step is not training, and does not count in the rate."""
         self.rate.pause()
 
-    def flush(self) -> None:
-        """Report the step under way, waiting for it."""
+    def flush(self) -> dict[str, Any] | None:
+        """Report the step under way, waiting for it. Returns what the loop decides by: step, loss, gradient_norm, skipped (how
+        many in a row), row_numbers, and stop (whether a process was asked to)."""
         if self.pending is None:
-            return
-        step, text_bytes, metrics = self.pending
+            return None
+        step, metrics, update = self.pending
         self.pending = None
         metrics = self.fetch(metrics)
         speed = self.rate.step(self.tokens)
@@ -108,7 +113,7 @@ class Reporter:
         record = {
             "step": step,
             "loss": loss,
-            "bits_per_byte": loss * self.tokens / math.log(2) / max(text_bytes, 1),
+            "bits_per_byte": loss * self.tokens / math.log(2) / max(int(metrics["text_bytes"]), 1),
             **{name: float(metrics[name]) for name in ("accuracy", "learning_rate", "gradient_norm")},
             "tokens_per_second": speed,
             "peak_fraction": speed * self.flops / self.peak,
@@ -116,10 +121,15 @@ class Reporter:
         logged = step % self.config.monitor.log_every == 0 or step == self.config.train.steps
         left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
         self.console.progress({**record, "seconds_left": left}, logged)
-        rows = sha256(self.batches.row_numbers(step - 1).astype("<i8").tobytes()).hexdigest()[:16]
-        append_json(self.run.ledger, {"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows})
-        if logged:
+        numbers, skipped = self.batches.row_numbers(step - 1), int(metrics["skipped"]) if update else 0
+        if self.ledger is not None:
+            rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
+            without = {} if update and not skipped else {"update": "skipped" if update else "passed over"}
+            self.ledger.append({"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows, **without})
+        if logged and self.log is not None:
             self.log.write("train", {**record, **_routing(metrics)})
+        decisive = {name: record[name] for name in ("step", "loss", "gradient_norm")}
+        return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), "stop": bool(metrics["stop"])}
 
 
 def _routing(metrics: dict[str, Any]) -> dict[str, list]:

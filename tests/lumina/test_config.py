@@ -94,12 +94,56 @@ def test_overrides_take_every_type():
         ("--config.train.compute_dtype=float16", "float32, bfloat16"),
         ("--config.data.sequence_length=1", "at least 2"),
         ("--config.data.held_out=1", "between 0 and 1"),
+        ("--config.data.workers=-1", "data.workers = -1: must be at least 0"),
+        ("--config.mesh.data=0", "mesh.data = 0: must be -1 or at least 1"),
+        ("--config.mesh.data=-2", "mesh.data = -2: must be -1 or at least 1"),
+        ("--config.mesh.data=2.5", "mesh.data=2.5"),
+        ("--config.mesh.date=2", "did you mean mesh.data?"),
+        ("--config.checkpoint.every=0", "checkpoint.every = 0: must be at least 1"),
+        ("--config.checkpoint.keep=1", "checkpoint.keep = 1: must be at least 2"),
+        ("--config.checkpoint.keep_every=-1", "checkpoint.keep_every = -1: must be at least 0"),
+        ("--config.checkpoint.backup_every=0", "checkpoint.backup_every = 0: must be at least 1"),
+        ("--config.checkpoint.backup_keep=0", "checkpoint.backup_keep = 0: must be at least 1"),
+        ("--config.checkpoint.backup_encrypt=perhaps", "checkpoint.backup_encrypt=perhaps"),
+        ("--config.guard.spike_sigmas=-1", "guard.spike_sigmas = -1.0: must be at least 0"),
+        ("--config.guard.spike_sigmas=inf", "guard.spike_sigmas = inf: must be finite"),
+        ("--config.guard.spike_window=1", "guard.spike_window = 1: must be at least 2"),
+        ("--config.guard.spike_action=rewin", "did you mean rewind?"),
+        ("--config.guard.max_skips=0", "guard.max_skips = 0: must be at least 1"),
+        ("--config.guard.max_rewinds=-1", "guard.max_rewinds = -1: must be at least 0"),
+        ("--config.guard.hang_seconds=-0.5", "guard.hang_seconds = -0.5: must be at least 0"),
+        ("--config.guard.hang_seconds=nan", "guard.hang_seconds = nan: must be finite"),
     ],
 )
 def test_impossible_values_are_refused_by_name(flag, said):
     message = refused([flag])
     assert said in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "data.workers=0",
+        "mesh.data=-1",
+        "mesh.data=1",
+        "checkpoint.every=1",
+        "checkpoint.keep=2",
+        "checkpoint.keep_every=0",
+        "checkpoint.backup_every=1",
+        "checkpoint.backup_keep=1",
+        "guard.spike_sigmas=0",
+        "guard.spike_window=2",
+        "guard.spike_action=rewind",
+        "guard.max_skips=1",
+        "guard.max_rewinds=0",
+        "guard.hang_seconds=0",
+    ],
+)
+def test_the_least_that_is_possible_is_taken(flag):
+    name, _, value = flag.partition("=")
+    group, field = name.split(".")
+    assert str(getattr(getattr(c.override(c.Config(), [f"--config.{flag}"]), group), field)).removesuffix(".0") == value
 
 
 def test_early_stopping_needs_evaluations():

@@ -9,7 +9,7 @@ from lumina.flags import parse
 
 
 def test_fields_are_set_with_an_equals_sign_or_a_space():
-    config, _ = parse("train", ["--config", "debug", "--config.train.steps=60", "--config.train.batch_size", "8"])
+    config, *_ = parse("train", ["--config", "debug", "--config.train.steps=60", "--config.train.batch_size", "8"])
     assert (config.train.steps, config.train.batch_size) == (60, 8)
 
 
@@ -19,6 +19,17 @@ def test_fields_are_set_with_an_equals_sign_or_a_space():
 )
 def test_the_run_directory_is_named_after_the_config(config, workdir):
     assert parse("train", ["--config", config])[1] == Path(workdir)
+
+
+def test_changes_are_accepted_only_when_said():
+    assert parse("train", ["--config=debug"])[2] is False
+    assert parse("train", ["--config=debug", "--accept-changes"])[2] is True
+
+
+def test_accepting_changes_takes_no_value_and_moves_no_other_flag():
+    arguments = ["--config=debug", "--accept-changes", "--config.train.steps", "70", "--workdir=w"]
+    config, workdir, accept = parse("train", arguments)
+    assert (config.train.steps, workdir, accept) == (70, Path("w"), True)
 
 
 def test_the_run_directory_can_be_chosen():

@@ -57,10 +57,14 @@ def _model(config, weights):
     return merge(graphdef, Variables(*(from_canonical_names(config, shape, weights) for shape in shapes)))
 
 
-def _logits_and_metrics(config, weights, batch, training, dtype=jnp.float32, key=None, remat=False):
+def _logits_and_metrics(config, weights, batch, training, dtype=jnp.float32, key_B=None, remat=False):
     model = _model(config, weights)
-    hidden_BTD, metrics, _ = model(*batch, dtype=dtype, training=training, key=key, remat=remat)
+    hidden_BTD, metrics, _ = model(*batch, dtype=dtype, training=training, key_B=key_B, remat=remat)
     return hidden_BTD @ model.head_DV(dtype), metrics
+
+
+def _row_keys(seed):
+    return jax.random.split(jax.random.key(seed), B)
 
 
 _forward = jax.jit(_logits_and_metrics, static_argnums=(0, 3))
@@ -227,17 +231,17 @@ def test_the_plan_of_scans_changes_nothing_not_even_random_numbers(monkeypatch):
     assert layer_plan(layer_kinds(config)) == [Segment(0, ("moe",), 2)]
 
     def run():
-        return jax.jit(lambda key: _logits_and_metrics(config, _weights(config), BATCH, True, key=key))
+        return jax.jit(lambda key_B: _logits_and_metrics(config, _weights(config), BATCH, True, key_B=key_B))
 
     scanned = run()
-    expected_BTV, expected = scanned(jax.random.key(0))
-    assert np.max(np.abs(scanned(jax.random.key(1))[0] - expected_BTV)) > 1e-2
+    expected_BTV, expected = scanned(_row_keys(0))
+    assert np.max(np.abs(scanned(_row_keys(1))[0] - expected_BTV)) > 1e-2
 
     def unrolled(kinds):
         return [Segment(i, (kind,), 1) for i, kind in enumerate(kinds)]
 
     monkeypatch.setattr(lumina_jax.model, "layer_plan", unrolled)
-    logits_BTV, metrics = run()(jax.random.key(0))
+    logits_BTV, metrics = run()(_row_keys(0))
     assert_close(logits_BTV, expected_BTV)
     for actual, wanted in zip(jax.tree.leaves(metrics), jax.tree.leaves(expected), strict=True):
         assert_close(actual, wanted)
@@ -246,15 +250,28 @@ def test_the_plan_of_scans_changes_nothing_not_even_random_numbers(monkeypatch):
 @pytest.mark.parametrize(("training", "seed"), [(True, None), (False, 0)], ids=["training_without_key", "evaluation"])
 def test_dropout_and_jitter_act_only_in_training_with_a_key(training, seed):
     config = _config("all", "none", num_layers=1, dropout=0.3, jitter=0.3)
-    key = None if seed is None else jax.random.key(seed)
-    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, training, key=key))(_weights(config))
+    key_B = None if seed is None else _row_keys(seed)
+    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, training, key_B=key_B))(_weights(config))
     assert_close(logits_BTV, oracles.transformer(config, _weights(config), *BATCH, training)[0])
 
 
 def test_dropout_keeps_the_mean():
-    dropped = np.asarray(Block._drop(SimpleNamespace(dropout=0.25), jnp.ones((100, 100)), True, jax.random.key(0)))
+    key_B = jax.random.split(jax.random.key(0), 100)
+    dropped = np.asarray(Block._drop(SimpleNamespace(dropout=0.25), jnp.ones((100, 10, 10)), True, key_B))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert abs(np.mean(dropped) - 1) < 0.03
+
+
+def test_what_a_row_draws_depends_on_its_key_alone():
+    config = _config("all", "none", num_layers=1, dropout=0.3, jitter=0.3)
+    noisy = jax.jit(lambda batch, key_B: _logits_and_metrics(config, _weights(config), batch, True, key_B=key_B)[0])
+    key_B = _row_keys(0)
+    together_BTV = noisy(BATCH, key_B)
+    swapped_BTV = noisy(tuple(a[::-1] for a in BATCH), key_B[::-1])
+    assert_close(swapped_BTV[::-1], together_BTV)
+    for b in range(B):
+        alone_BTV = noisy(tuple(np.stack([a[b]] * B) for a in BATCH), jnp.stack([key_B[b]] * B))
+        assert_close(alone_BTV, np.stack([together_BTV[b]] * B))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -47,8 +47,8 @@ X_BTD = _normal(B, T, D, seed=1)
 COTANGENT_BTD = _normal(B, T, D, seed=2)
 
 
-def _apply(model, weights, x_BTD, training, key=None):
-    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, training, key)
+def _apply(model, weights, x_BTD, training, key_B=None):
+    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, training, key_B)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -289,7 +289,7 @@ def test_jitter_scales_the_routers_inputs_uniformly_and_nothing_else():
     model = ModelConfig(d_model=1, d_ff=1, num_layers=1, moe=moe)
     weights = {name: np.ones_like(w) for name, w in _weights(model).items()}
     x_BTD = np.ones((1, tokens, 1), np.float32)
-    jittered = jax.jit(lambda key: _apply(model, weights, x_BTD, True, key))
+    jittered = jax.jit(lambda key: _apply(model, weights, x_BTD, True, key[None]))
     out_BTD, metrics = jittered(jax.random.key(0))
     # One expert: the z-loss is the mean of u^2, and u uniform in 0.5 to 1.5 has 1 + 1/12.
     assert_close(metrics["z_loss"], 1 + 1 / 12, 0.03)
@@ -300,6 +300,6 @@ def test_jitter_scales_the_routers_inputs_uniformly_and_nothing_else():
 @pytest.mark.parametrize(("training", "key"), [(True, None), (False, 0)], ids=["no_key", "evaluation"])
 def test_jitter_acts_only_in_training_with_a_key(training, key):
     model = _model(jitter=0.5)
-    key = None if key is None else jax.random.key(key)
-    out_BTD, _ = jax.jit(lambda weights, x_BTD: _apply(model, weights, x_BTD, training, key))(_weights(model), X_BTD)
+    key_B = None if key is None else jax.random.split(jax.random.key(key), B)
+    out_BTD, _ = jax.jit(lambda weights, x_BTD: _apply(model, weights, x_BTD, training, key_B))(_weights(model), X_BTD)
     assert_close(out_BTD, _oracle(model, _weights(model), X_BTD, training)[0])

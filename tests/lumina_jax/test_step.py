@@ -1,6 +1,6 @@
 """One optimizer step: against numpy, in parts and whole, and what it must not depend on.
 
-B rows, T positions, M micro-batches, V vocabulary.
+B rows, T positions, M micro-batches, N devices, V vocabulary, W losses remembered.
 """
 
 import math
@@ -10,15 +10,27 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lumina.config import MoEConfig
+from lumina.config import GuardConfig, MoEConfig
 from lumina.data.rows import Batches, Rows
+from lumina_jax.mesh import AXIS, one_device, whole
 from lumina_jax.model import Variables, by_canonical_name, merge
-from lumina_jax.step import Controls, TrainState, controls, init_state, make_train_step, state_shapes, update_biases
+from lumina_jax.step import (
+    Controls,
+    Guard,
+    TrainState,
+    controls,
+    init_state,
+    is_good,
+    make_train_step,
+    state_shapes,
+    update_biases,
+)
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close
 from tests.lumina_jax.tiny import KINDS, T, V, random_batch, tiny
 
-NO_CONTROLS = Controls(1.0, 0.0, 0.0, 0.0)
+ONE_DEVICE = np.zeros(1, np.int32)
+NO_CONTROLS = Controls(1.0, 0.0, 0.0, 0.0, True, ONE_DEVICE)
 
 
 def leaves(tree):
@@ -37,8 +49,28 @@ def differ(a, b):
     return any(x.tobytes() != y.tobytes() for x, y in zip(leaves(a), leaves(b), strict=True))
 
 
-def initial(config):
-    return jax.jit(lambda: init_state(config)[1])()
+def placed(tree, mesh=None):
+    """As a step returns it: what lies elsewhere compiles the step anew."""
+    return jax.device_put(tree, whole(mesh or one_device()))
+
+
+def initial(config, mesh=None):
+    return jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh or one_device()))()
+
+
+def doubled(config, mesh=None):
+    """The initial state in float64."""
+    state = jax.device_get(initial(config))
+    return placed(jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, state), mesh)
+
+
+def assert_states_close(actual, expected):
+    """To the last digits of float64. The window of the guard has NaNs where there is no loss yet."""
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_flatten_with_path(expected)[0]]
+    for name, a, b in zip(names, leaves(actual), leaves(expected), strict=True):
+        assert a.dtype == b.dtype, name
+        assert np.array_equal(np.isnan(a), np.isnan(b)), name
+        assert_close(a[~np.isnan(a)], b[~np.isnan(b)], 1e-12)
 
 
 def compiled(config):
@@ -93,8 +125,7 @@ def exact():
         found = {"batch": batch}
         for M in (1, 4):
             config = double(M)
-            graphdef, state = init_state(config)
-            state = jax.tree.map(lambda a: a.astype(jnp.float64) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
+            graphdef, state = state_shapes(config)[1], doubled(config)
             if M == 1:
                 slope = jax.grad(
                     lambda p, s=state, g=graphdef, c=config: plain_loss(c, g, Variables(p, s.variables.biases), batch),
@@ -118,8 +149,7 @@ def test_float64_stays_float64(exact):
 
 def test_four_micro_batches_of_uneven_weight_equal_one(exact):
     one, four = (exact[M][0][-1] for M in (1, 4))
-    for a, b in zip(leaves(one), leaves(four), strict=True):
-        assert_close(b, a, 1e-12)
+    assert_states_close(four, one)
 
 
 def test_four_micro_batches_report_what_one_does(exact):
@@ -199,6 +229,200 @@ def test_router_biases_move_once_a_step_against_the_load_and_stay_centred(exact)
         assert np.abs(bias_LE).max() > 0
 
 
+# ---------------------------------------------------------------------------------------------------- several devices
+
+SPREAD = ((1, 1), (2, 4), (4, 2), (8, 1))  # devices, micro-batches
+TOKEN_BYTES = np.random.default_rng(4).integers(0, 9, V).astype(np.int32)
+# Rows of very different weight, and one of none: alone on its device where there are eight.
+UNEVEN_8 = np.concatenate([UNEVEN, np.zeros((1, T)), 5 * UNEVEN[1:]])
+
+
+def both_kinds(M):
+    """A dense layer and a moe+mod, and all that training has: dropout, jitter, drops, router losses, biases and clipping."""
+    moe = {"pattern": "1", "bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2, "jitter": 0.2}
+    mod = {"pattern": "1", "predictor_weight": 0.4}
+    optim = {"clip_norm": 0.5, "weight_decay": 0.2, "eps": 1e-4}
+    return tiny("dense", {"dropout": 0.2}, moe, mod, optim, batch_size=8, micro_batches=M)
+
+
+@pytest.fixture(scope="module")
+def spread():
+    """(devices, micro-batches) -> numpy results of two steps in float64 and, last, of a batch that has a NaN in one row."""
+    with jax.enable_x64(True):
+        batch, found = random_batch(8) | {"weights": UNEVEN_8}, {}
+        bad = UNEVEN_8.copy()
+        bad[6, 3] = np.nan
+        for N, M in SPREAD:
+            config = both_kinds(M)
+            mesh = jax.make_mesh((N,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:N])
+            state = doubled(config, mesh)
+            step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh, TOKEN_BYTES, jnp.float64))
+            knobs, history = controls(config, stop_N=np.arange(N, dtype=np.int32)), []
+            for weights in (UNEVEN_8, UNEVEN_8, bad):
+                state, metrics = step(state, batch | {"weights": weights}, knobs)
+                history.append(jax.device_get((state, metrics)))
+            found[N, M] = history
+    return found
+
+
+@pytest.mark.parametrize(("N", "M"), SPREAD[1:])
+def test_devices_and_micro_batches_change_no_parameter_moment_or_bias(spread, N, M):
+    for (one, _), (several, _) in zip(spread[1, 1], spread[N, M], strict=True):
+        assert_states_close(several, one)
+
+
+@pytest.mark.parametrize(("N", "M"), SPREAD[1:])
+def test_devices_and_micro_batches_change_no_metric(spread, N, M):
+    for (_, one), (_, several) in zip(spread[1, 1][:2], spread[N, M][:2], strict=True):
+        assert set(one) == set(several) >= {"loss", "accuracy", "moe", "mod", "gradient_norm", "skipped", "text_bytes"}
+        for a, b in zip(leaves(one | {"stop": 0}), leaves(several | {"stop": 0}), strict=True):
+            assert a.shape == b.shape
+            assert_close(b, a, 1e-6 if a.dtype == np.float32 else 1e-12)  # shares of choices are float32 in any case
+
+
+@pytest.mark.parametrize(("N", "M"), SPREAD)
+def test_a_nan_in_one_row_skips_the_update_on_every_device(spread, N, M):
+    (before, _), (after, metrics) = spread[N, M][1:]
+    assert not np.isfinite(metrics["loss"])
+    assert metrics["skipped"] == 1
+    assert_same_bits(after._replace(step=0, guard=after.guard.losses_W), before._replace(step=0, guard=before.guard.losses_W))
+
+
+@pytest.mark.parametrize(("N", "M"), SPREAD)
+def test_every_device_learns_how_many_were_asked_to_stop(spread, N, M):
+    assert [metrics["stop"] for _, metrics in spread[N, M]] == [sum(range(N))] * 3
+
+
+def test_bytes_of_text_are_those_of_targets_that_count(spread):
+    counted = random_batch(8)["targets"][UNEVEN_8 > 0]
+    assert {int(history[0][1]["text_bytes"]) for history in spread.values()} == {int(TOKEN_BYTES[counted].sum())}
+
+
+# ------------------------------------------------------------------------------------------------------------- guard
+
+WINDOW = 4
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    """(config, compiled step, a state after one step) of a model with router biases that move and a window of four losses."""
+    config = tiny("moe", moe={"bias_rate": 0.05}, guard={"spike_sigmas": 3.0, "spike_window": WINDOW})
+    step = compiled(config)
+    state, _ = step(initial(config), random_batch(seed=7), controls(config))
+    return config, step, state
+
+
+def nan_batch(seed=0):
+    batch = random_batch(seed=seed)
+    batch["weights"][2, 5] = np.nan
+    return batch
+
+
+# Name -> (batch, what becomes of the controls): the loss is not finite, or only the gradient is.
+BAD = {
+    "loss": (nan_batch(), {}),
+    "gradient": (random_batch(), {"z_weight": 3e38}),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_step_changes_the_step_and_the_count_and_no_other_bit(guarded, name):
+    config, step, state = guarded
+    batch, turned = BAD[name]
+    after, metrics = step(state, batch, controls(config)._replace(**turned))
+    assert np.isfinite(metrics["loss"]) == (name == "gradient")
+    assert not np.isfinite(metrics["gradient_norm"])
+    assert (int(after.step), int(after.guard.skipped), int(metrics["skipped"])) == (2, 1, 1)
+    rest = after._replace(step=state.step, guard=after.guard._replace(skipped=state.guard.skipped))
+    assert_same_bits(rest, state)
+    good, _ = step(state, random_batch(), controls(config))
+    assert differ(good.variables.biases, state.variables.biases)  # they do move, and did not
+
+
+def test_skips_are_counted_in_a_row(guarded):
+    config, step, state = guarded
+    counts = []
+    for bad in (True, True, False, True, False, False):
+        state, metrics = step(state, nan_batch() if bad else random_batch(), controls(config))
+        counts.append(int(metrics["skipped"]))
+    assert counts == [1, 2, 0, 1, 0, 0]
+
+
+def test_the_window_holds_the_last_losses_of_updates_that_were_made(guarded):
+    config, step, _ = guarded
+    state, made = initial(config), []
+    for number, (bad, update) in enumerate([(0, 1), (1, 1), (0, 0), (0, 1), (0, 1), (1, 0), (0, 1), (0, 1)]):
+        before = state.guard.losses_W
+        assert np.array_equal(before, np.float32([np.nan] * WINDOW + made)[-WINDOW:], equal_nan=True)
+        batch = nan_batch(number) if bad else random_batch(seed=number)
+        state, metrics = step(state, batch, controls(config, bool(update)))
+        if update and not bad:
+            made.append(float(metrics["loss"]))
+    assert len(made) == 5
+
+
+def test_passing_over_a_batch_leaves_all_but_the_step(guarded):
+    config, step, state = guarded
+    for batch in (random_batch(), nan_batch()):
+        after, metrics = step(state, batch, controls(config, update=False))
+        assert int(after.step) == 2
+        assert_same_bits(after._replace(step=state.step), state)
+        assert np.array_equal(metrics["skipped"], 0)
+
+
+def test_passing_over_a_batch_ends_no_count_of_skips(guarded):
+    config, step, state = guarded
+    state, _ = step(state, nan_batch(), controls(config))
+    state, _ = step(state, random_batch(), controls(config, update=False))
+    state, metrics = step(state, nan_batch(), controls(config))
+    assert int(metrics["skipped"]) == 2
+
+
+def test_after_the_next_good_update_skipping_and_passing_over_are_the_same_bits(guarded):
+    config, step, state = guarded
+    skipped, _ = step(state, nan_batch(), controls(config))
+    passed, _ = step(state, nan_batch(), controls(config, update=False))
+    ends = [step(each, random_batch(seed=3), controls(config))[0] for each in (skipped, passed)]
+    assert differ(ends[0].variables, state.variables)
+    assert_same_bits(*ends)
+
+
+def test_a_skipped_batch_still_uses_up_its_learning_rate(guarded):
+    config, step, state = guarded
+    skipped, _ = step(state, nan_batch(), controls(config))
+    assert float(step(skipped, random_batch(), controls(config))[1]["learning_rate"]) == pytest.approx(1e-2 * 3 / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_skipped"),
+    [([2.0, 2.1, 2.0, 2.1], True), ([np.nan, 2.1, 2.0, 2.1], False), ([2.0, 9.0, 2.0, 9.0], False)],
+    ids=["far_above", "window_not_full", "within_the_spread"],
+)
+def test_a_spike_is_skipped_when_the_window_is_full(guarded, losses, is_skipped):
+    config, step, state = guarded
+    state = state._replace(guard=state.guard._replace(losses_W=placed(jnp.float32(losses))))
+    after, metrics = step(state, random_batch(), controls(config))
+    assert 5 < metrics["loss"] < 6
+    assert int(metrics["skipped"]) == is_skipped
+    assert differ(after.variables, state.variables) != is_skipped
+    assert_same_bits(after.guard.losses_W, jnp.float32(losses if is_skipped else [*losses[1:], metrics["loss"]]))
+
+
+def test_a_spike_is_a_loss_above_the_mean_by_so_many_standard_deviations():
+    losses_W = np.random.default_rng(0).uniform(2, 3, 16).astype(np.float32)
+    guard = Guard(jnp.asarray(losses_W), jnp.int32(0))
+    for sigmas in (1.0, 4.0):
+        limit = np.mean(losses_W, dtype=np.float64) + sigmas * np.std(losses_W, dtype=np.float64)
+        for loss, good in ((limit - 1e-5, True), (limit + 1e-5, False), (0.0, True), (np.inf, False)):
+            assert is_good(GuardConfig(spike_sigmas=sigmas), guard, jnp.float32(loss), jnp.float32(1)) == good
+
+
+def test_without_sigmas_no_finite_loss_is_a_spike():
+    guard = Guard(jnp.ones(4), jnp.int32(0))
+    for loss, norm, good in ((1e9, 1e9, True), (np.nan, 1.0, False), (1.0, np.inf, False), (1.0, np.nan, False)):
+        assert is_good(GuardConfig(), guard, jnp.float32(loss), jnp.float32(norm)) == good
+
+
 # ------------------------------------------------------------------------------------------------- controls and seeds
 
 
@@ -218,7 +442,8 @@ def dense():
 
 def test_turning_the_controls_compiles_nothing(hybrid):
     config, step, state = hybrid
-    for knobs in (controls(config), Controls(0.5, 0.0, 0.0, 0.0), Controls(0.0, 1.0, 2.0, 3.0)):
+    turned = Controls(0.5, 0.0, 0.0, 0.0, False, ONE_DEVICE), Controls(0.0, 1.0, 2.0, 3.0, True, ONE_DEVICE + 1)
+    for knobs in (controls(config), *turned):
         state, _ = step(state, random_batch(seed=1), knobs)
     assert step._cache_size() == 1
 
@@ -319,7 +544,7 @@ def dropping(dense):
 def test_dropout_depends_on_the_step_and_on_nothing_else(dropping):
     step, state = dropping
     (_, first), (_, again) = (step(state, random_batch(2), NO_CONTROLS) for _ in range(2))
-    later = [step(state._replace(step=jnp.int32(n)), random_batch(2), NO_CONTROLS)[1] for n in (1, 2)]
+    later = [step(state._replace(step=placed(jnp.int32(n))), random_batch(2), NO_CONTROLS)[1] for n in (1, 2)]
     assert_same_bits({**first, "learning_rate": 0}, {**again, "learning_rate": 0})
     assert len({float(metrics["loss"]) for metrics in (first, *later)}) == 3
 
@@ -331,6 +556,15 @@ def test_micro_batches_do_not_share_their_dropout(dropping):
     first = equal | {"weights": np.repeat([[1], [0]], T, axis=1).astype(np.float32)}
     both, one = (float(step(state, batch, NO_CONTROLS)[1]["loss"]) for batch in (equal, first))
     assert abs(both - one) > 1e-5 * one
+
+
+def test_rows_do_not_share_their_dropout(dropping):
+    # Two equal rows of one batch: were their masks equal too, swapping them would change nothing at all.
+    step, state = dropping
+    equal = jax.tree.map(lambda a: np.concatenate([a, a]), random_batch(1))
+    weights = np.repeat([[1], [0]], T, axis=1).astype(np.float32)
+    losses = [float(step(state, equal | {"weights": w}, NO_CONTROLS)[1]["loss"]) for w in (weights, weights[::-1])]
+    assert abs(losses[0] - losses[1]) > 1e-5 * losses[0]
 
 
 class Cycle:
@@ -357,11 +591,13 @@ def test_a_trained_model_predicts_the_next_token_and_not_the_one_after(dense):
 
 def test_the_default_controls_are_those_of_the_config():
     config = tiny(moe={"balance_weight": 0.25, "z_weight": 0.125}, mod={"predictor_weight": 0.5})
-    assert controls(config) == Controls(1.0, 0.25, 0.125, 0.5)
+    found = controls(config)
+    assert found._replace(stop_N=None) == Controls(1.0, 0.25, 0.125, 0.5, True, None)
+    assert found.stop_N.tolist() == [0]
     assert MoEConfig().balance_weight == 0.01
 
 
 def test_state_holds_no_random_numbers(hybrid):
     state = hybrid[2]
-    assert TrainState._fields == ("step", "variables", "optimizer")
+    assert TrainState._fields == ("step", "variables", "optimizer", "guard")
     assert not [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]

@@ -1,12 +1,15 @@
 """Training from end to end: what a run leaves behind, going on with one, stopping, and refusing what cannot work."""
 
 import ast
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
 import pkgutil
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -20,31 +23,37 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import lumina
+import lumina.runs.loop
 import lumina_jax
 import lumina_jax.device
 import lumina_jax.train
-from lumina.config import save
+from lumina.config import load, save
 from lumina.data import prepare
 from lumina.data.rows import Batches, Rows
-from lumina.errors import ConfigError
-from lumina.runs.directory import RunDirectory, read_json_lines
+from lumina.errors import CheckpointError, ConfigError, UsageError
+from lumina.runs.console import printable
+from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import read_json_lines
+from lumina.runs.lock import RunLock
+from lumina.runs.steps import Steps
 from lumina.tokenizer import train_bpe
-from lumina_jax.checkpoint import Checkpoints
+from lumina_jax import checkpoint
 from lumina_jax.evaluate import evaluate
 from lumina_jax.generate import load_generator
+from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.step import make_eval_step, state_shapes
 from lumina_jax.train import train_and_evaluate
 from tests.lumina_jax.tiny import T, V, tiny
 
 ROOT = Path(__file__).parents[2]
-STEPS, EVERY = 8, 3
+STEPS, EVERY = 9, 3
 TIMINGS = {"tokens_per_second", "peak_fraction"}
 
 
 def config(**changes):
-    """A run of 8 steps that keeps a checkpoint every 3 and evaluates every 2."""
-    made = tiny(**{"steps": STEPS, "eval_every": 2, **changes})
-    made.data.source, made.checkpoint.every = "synthetic", EVERY
+    """A run of 9 steps that evaluates and keeps a checkpoint every 3."""
+    made = tiny(**{"steps": STEPS, "eval_every": EVERY, **changes})
+    made.data.source, made.checkpoint.every, made.mesh.data = "synthetic", EVERY, 1
     made.monitor.log_every, made.monitor.sample_every, made.monitor.sample_tokens = 1, 4, 6
     return made
 
@@ -72,9 +81,11 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that went through."""
+    """A run that went through, with what it wrote."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "whole")
-    train_and_evaluate(config(), run.path)
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        assert train_and_evaluate(config(), run.path) == 0
+    run.stdout, run.stderr = stdout.getvalue(), stderr.getvalue()
     return run
 
 
@@ -91,15 +102,30 @@ def train_batches():
 
 
 def contents(path):
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    """All files but the lock, which says who looked last."""
+    return {
+        str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != "lock"
+    }
 
 
 def newest(run):
-    """The newest state of a run, as numpy arrays."""
-    checkpoints = Checkpoints(run, config().checkpoint, create=False)
-    state, progress = checkpoints.restore(state_shapes(config())[0])
-    checkpoints.close()
-    return jax.device_get(state), progress
+    """The newest state of a run, as numpy arrays, and its manifest but for the files' own hashes."""
+    state, step = checkpoint.load(run, shaped_whole(one_device(), state_shapes(config())[0]))
+    manifest = Steps(run.checkpoints).manifest(step)
+    return jax.device_get(state), {name: value for name, value in manifest.items() if name != "files"}
+
+
+def events(run, *kinds):
+    return [(event["event"], event["step"]) for event in read_json_lines(run.events) if not kinds or event["event"] in kinds]
+
+
+def row_digest(numbers):
+    return hashlib.sha256(np.asarray(numbers).astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def of_steps(run):
+    """The ledger's records of steps; others are of parameters, where a checkpoint was made."""
+    return [record for record in read_json_lines(run.ledger) if "loss" in record]
 
 
 def assert_same_bits(a, b):
@@ -121,30 +147,63 @@ def test_a_run_leaves_its_files(whole):
         "tokenizer",
         "metrics.jsonl",
         "ledger.jsonl",
+        "events.jsonl",
         "result.json",
         "tensorboard",
         "samples",
         "checkpoints",
-        "best",
+        "lock",
     }
-    assert sorted(int(each.name) for each in whole.checkpoints.iterdir()) == [6, 8]  # the newest two of 3, 6 and 8
-    assert sorted(int(each.stem) for each in whole.samples.iterdir()) == [4, 8]
+    assert {each.name for each in whole.checkpoints.iterdir()} == {"6", "9"}  # the newest two, of which one is the best
+    assert sorted(int(each.stem) for each in whole.samples.iterdir()) == [4, 8, 9]
 
 
 def test_the_ledger_has_every_step_once_with_the_bits_of_its_loss_and_the_digest_of_its_rows(whole):
     losses = {record["step"]: record["loss"] for record in read_json_lines(whole.metrics) if record["kind"] == "train"}
-    ledger = read_json_lines(whole.ledger)
+    ledger = of_steps(whole)
     assert [record["step"] for record in ledger] == list(range(1, STEPS + 1))
     for record in ledger:
         assert struct.unpack(">f", bytes.fromhex(record["loss"])) == (losses[record["step"]],)
-        numbers = train_batches().row_numbers(record["step"] - 1)
-        assert record["rows"] == hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
+        assert record["rows"] == row_digest(train_batches().row_numbers(record["step"] - 1))
+
+
+def test_the_ledger_has_the_digest_of_the_parameters_at_each_checkpoint(whole):
+    found = {record["step"]: record["parameters"] for record in read_json_lines(whole.ledger) if "parameters" in record}
+    assert list(found) == [3, 6, 9]
+    assert len(set(found.values())) == 3
+    assert found[STEPS] == Steps(whole.checkpoints).manifest(STEPS)["parameters"]
+
+
+def test_events_tell_of_start_checkpoints_and_end(whole):
+    assert events(whole) == [("started", 0), *[("saved", step) for step in (3, 6, 9)], ("finished", STEPS)]
+    assert all(event["time"] for event in read_json_lines(whole.events))
+
+
+def test_a_run_tells_what_it_is_about_to_do_then_each_step_and_evaluation(whole):
+    lines = whole.stderr.splitlines()
+    assert f"run  {whole.path}, new" in whole.stderr
+    assert "1 x cpu (cpu), jax" in whole.stderr
+    told = [line.split("  ")[0] for line in lines if line.startswith("step ")]
+    assert [line for line in told if ":" not in line] == [f"step {n}/{STEPS}" for n in range(1, STEPS + 1)]
+    assert [line.split(":")[0] for line in lines if "held out loss" in line] == [f"step {n}" for n in (3, 6, 9)]
+
+
+def test_samples_and_figures_go_to_stdout_and_nothing_else_does(whole):
+    result = json.loads(whole.result.read_text())
+    assert len(result["samples"]) == lumina_jax.train.SAMPLES
+    for number, sample in enumerate(result["samples"], 1):
+        assert f"--- sample {number} -" in whole.stdout
+        assert printable(sample) in whole.stdout
+    assert f"step {STEPS}, held out: loss {result['held_out']['loss']:.4f}" in whole.stdout
+    assert "gzip -9" in whole.stdout
+    assert whole.stdout.rstrip().splitlines()[-1].startswith("next: ")
+    assert "tok/s" not in whole.stdout
 
 
 def test_metrics_have_every_step_and_evaluation(whole):
     records = read_json_lines(whole.metrics)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert [r["step"] for r in records if r["kind"] == "eval"] == [2, 4, 6, 8]
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [3, 6, 9]
     train = records[0]
     assert np.shape(train["moe_load"]) == (2, 4)
     for name in ("balance_loss", "z_loss", "dropped"):
@@ -189,32 +248,33 @@ def test_the_warm_up_is_used(whole):
 # --------------------------------------------------------------------------------------------------------- going on
 
 
-class Interruption(Exception):
-    """What a test stops a run with."""
+class Interruption(BaseException):
+    """What a test stops a run with: like a power cut, nothing is saved after it."""
 
 
-def wait_for(path):
+def wait_for(path, process=None):
     """A checkpoint is written in the background; an interruption before it is on disk would be another test."""
     until = time.monotonic() + 60
-    while not path.is_dir():
+    while not path.exists():
         assert time.monotonic() < until, f"{path} was never written"
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
 
 
 def interrupt(settings, run, after, checkpoint):
     """Train until the batch after step `after` would be used; returns from and to which steps batches were asked for."""
-    prefetch, asked = lumina_jax.train.prefetch, []
+    prefetch, asked = lumina.runs.loop.prefetch, []
 
-    def ends(batches, start, stop):
+    def ends(batches, start, stop, workers):
         asked.append((start, stop))
-        for step, batch in prefetch(batches, start, stop):
+        for step, batch in prefetch(batches, start, stop, workers):
             if step == after:
                 wait_for(run.checkpoints / str(checkpoint))
                 raise Interruption
             yield step, batch
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lumina_jax.train, "prefetch", ends)
+        patch.setattr(lumina.runs.loop, "prefetch", ends)
         with pytest.raises(Interruption):
             train_and_evaluate(settings, run.path)
     return asked
@@ -224,30 +284,31 @@ def interrupt(settings, run, after, checkpoint):
 def resumed(tmp_path_factory):
     """(a run that was interrupted and then went on, its metrics in between, the steps it went on with)."""
     run = RunDirectory(tmp_path_factory.mktemp("runs") / "resumed")
-    assert interrupt(config(), run, after=5, checkpoint=EVERY) == [(0, STEPS)]
-    between, asked, prefetch = read_json_lines(run.metrics), [], lumina_jax.train.prefetch
+    assert interrupt(config(), run, after=8, checkpoint=6) == [(0, STEPS)]
+    between, asked, prefetch = read_json_lines(run.metrics), [], lumina.runs.loop.prefetch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lumina_jax.train, "prefetch", lambda *a: asked.append(a[1:]) or prefetch(*a))
-        train_and_evaluate(config(), run.path)
+        patch.setattr(lumina.runs.loop, "prefetch", lambda *a: asked.append(a[1:3]) or prefetch(*a))
+        assert train_and_evaluate(config(), run.path) == 0
     return run, between, asked
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint(resumed):
-    assert resumed[2] == [(EVERY, STEPS)]
+    assert resumed[2] == [(6, STEPS)]
+    assert events(resumed[0], "started", "finished") == [("started", 0), ("started", 6), ("finished", STEPS)]
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(resumed, whole):
     run = resumed[0]
     assert run.ledger.read_bytes() == whole.ledger.read_bytes()
-    (state, progress), (expected, expected_progress) = newest(run), newest(whole)
+    (state, manifest), (expected, expected_manifest) = newest(run), newest(whole)
     assert int(state.step) == STEPS
     assert_same_bits(state, expected)
-    assert progress == expected_progress
+    assert manifest == expected_manifest
 
 
 def test_a_resumed_run_tells_each_step_once_and_the_same_as_an_uninterrupted_one(resumed, whole):
     run, between, _ = resumed
-    assert max(record["step"] for record in between) > EVERY  # what went on from there had to be dropped
+    assert max(record["step"] for record in between) > 6  # what went on from there had to be dropped
     assert untimed(run) == untimed(whole)
     assert run.result.read_bytes() == whole.result.read_bytes()
 
@@ -262,14 +323,22 @@ def test_a_finished_run_run_again_says_so_and_changes_nothing(whole, tmp_path):
     assert contents(whole.path) == before
 
 
+def test_an_empty_process_number_is_none(whole, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PROCESS_ID", "")
+    assert train_and_evaluate(config(), whole.path) == 0
+    assert "--- sample 1 -" in capsys.readouterr().out
+
+
 def test_a_finished_run_goes_on_when_given_more_steps(whole, tmp_path):
     run = RunDirectory(tmp_path / "longer")
     shutil.copytree(whole.path, run.path)
     train_and_evaluate(config(steps=STEPS + 2), run.path)
-    before, after = whole.ledger.read_text(), run.ledger.read_text()
-    assert after.startswith(before)
-    assert [json.loads(line)["step"] for line in after.removeprefix(before).splitlines()] == [STEPS + 1, STEPS + 2]
+    assert run.ledger.read_text().startswith(whole.ledger.read_text())
+    assert [record["step"] for record in of_steps(run)] == list(range(1, STEPS + 3))
     assert json.loads(run.result.read_text())["step"] == STEPS + 2
+    assert load(str(run.path)).train.steps == STEPS + 2
+    (changed,) = [event["says"] for event in read_json_lines(run.events) if event["event"] == "changed"]
+    assert changed == f"changed from step {STEPS} on: train.steps: {STEPS} -> {STEPS + 2}"
 
 
 def test_a_changed_config_is_refused_with_its_field(whole):
@@ -279,18 +348,141 @@ def test_a_changed_config_is_refused_with_its_field(whole):
     assert contents(whole.path) == before
 
 
-def test_a_damaged_checkpoint_is_refused_by_name_instead_of_starting_anew(whole, tmp_path):
-    run = RunDirectory(tmp_path / "damaged")
-    shutil.copytree(whole.path, run.path)
-    for file in (run.checkpoints / str(STEPS) / "state").rglob("*"):
+def damage(run, step):
+    for file in (run.checkpoints / str(step) / "state").rglob("*"):
         if file.is_file() and not file.name.startswith(("_", "manifest")):
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def copied(run, path):
+    shutil.copytree(run.path, path)
+    return RunDirectory(path)
+
+
+def test_after_a_damaged_checkpoint_the_one_before_leads_to_the_same_bits(whole, tmp_path):
+    run = copied(whole, tmp_path / "damaged")
+    damage(run, STEPS)
+    assert train_and_evaluate(config(), run.path) == 0
+    assert run.ledger.read_bytes() == whole.ledger.read_bytes()
+    assert_same_bits(newest(run)[0], newest(whole)[0])
+    assert events(run, "set aside") == [("set aside", STEPS)]
+    assert (run.checkpoints / f"broken-{STEPS}").is_dir()
+
+
+def test_damaged_checkpoints_alone_are_refused_by_name_instead_of_starting_anew(whole, tmp_path):
+    run = copied(whole, tmp_path / "damaged")
+    for step in Steps(run.checkpoints).all():
+        damage(run, step)
     before = run.ledger.read_bytes(), run.result.read_bytes()
-    save(config(steps=STEPS + 2), tmp_path / "config.json")
-    done = train_command("--config", tmp_path / "config.json", "--workdir", run.path)
-    assert done.returncode == 5
-    assert f"checkpoints/{STEPS}: cannot be read" in done.stderr
+    with pytest.raises(CheckpointError, match="no checkpoint is whole, 2 were set aside"):
+        train_and_evaluate(config(steps=STEPS + 2), run.path)
     assert (run.ledger.read_bytes(), run.result.read_bytes()) == before
+
+
+def test_an_error_saves_the_step_it_came_in_and_the_run_goes_on_from_there(whole, tmp_path, monkeypatch):
+    run, read = RunDirectory(tmp_path / "run"), Rows.row
+    doomed = int(train_batches().row_numbers(5)[2])  # of step 6
+
+    def row(self, index):
+        if index == doomed and self.stream.name == "train":
+            raise OSError("the disk is gone")
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "row", row)
+        with pytest.raises(OSError, match="the disk is gone"):
+            train_and_evaluate(config(), run.path)
+    assert events(run, "failed") == [("failed", 5)]
+    assert Steps(run.checkpoints).all()[-1] == 5
+    assert train_and_evaluate(config(), run.path) == 0
+    assert of_steps(run) == of_steps(whole)
+    assert_same_bits(newest(run)[0], newest(whole)[0])
+
+
+def test_a_batch_with_a_nan_is_skipped_and_told_of_and_training_goes_on(tmp_path, monkeypatch):
+    run, make = RunDirectory(tmp_path / "run"), Batches.batch
+
+    def batch(self, step):
+        made = make(self, step)
+        if step == 4:
+            made["weights"][1, 3] = np.nan
+        return made
+
+    monkeypatch.setattr(Batches, "batch", batch)
+    assert train_and_evaluate(config(), run.path) == 0
+    assert {record["step"]: record.get("update") for record in of_steps(run)} == {
+        step: "skipped" if step == 5 else None for step in range(1, STEPS + 1)
+    }
+    assert events(run, "skipped") == [("skipped", 5)]
+    assert math.isfinite(json.loads(run.result.read_text())["held_out"]["loss"])
+
+
+def test_more_devices_go_on_with_a_run_and_change_its_numbers_by_rounding_alone(whole, tmp_path):
+    run, more = RunDirectory(tmp_path / "run"), config()
+    interrupt(config(), run, after=8, checkpoint=6)
+    more.mesh.data = 4
+    assert train_and_evaluate(more, run.path) == 0
+    found, expected = ([r["loss"] for r in read_json_lines(each.metrics)] for each in (run, whole))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert [record["rows"] for record in of_steps(run)] == [record["rows"] for record in of_steps(whole)]
+
+
+def test_a_larger_batch_goes_on_with_the_rows_where_the_smaller_one_was(tmp_path):
+    run = RunDirectory(tmp_path / "run")
+    interrupt(config(), run, after=5, checkpoint=3)
+    larger = config(batch_size=8)
+    with pytest.raises(ConfigError, match=r"train\.batch_size: 4 -> 8.*--accept-changes"):
+        train_and_evaluate(larger, run.path)
+    assert train_and_evaluate(larger, run.path, accept_changes=True) == 0
+    order = np.concatenate([train_batches().row_numbers(step) for step in range(3 + 2 * 6)])
+    batches = [order[4 * n : 4 * n + 4] for n in range(3)] + [order[12 + 8 * n : 20 + 8 * n] for n in range(6)]
+    assert [record["rows"] for record in of_steps(run)] == [row_digest(numbers) for numbers in batches]
+    assert load(str(run.path)).train.batch_size == 8
+    assert train_and_evaluate(larger, run.path) == 0  # complete, and the change needs no accepting twice
+
+
+# -------------------------------------------------------------------------------------------------------- on request
+
+
+def test_sigterm_saves_and_exits_with_75_and_the_command_that_goes_on(tmp_path):
+    endless = config(steps=100_000, eval_every=0)
+    endless.checkpoint.every, endless.monitor.sample_every = 100_000, 0
+    save(endless, tmp_path / "config.json")
+    run, arguments = (
+        RunDirectory(tmp_path / "run"),
+        ["--config", str(tmp_path / "config.json"), "--workdir", str(tmp_path / "run")],
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lumina_jax.train", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(run.ledger, process)
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 75, stderr
+    assert stdout == ""
+    last = of_steps(run)[-1]["step"]
+    assert Steps(run.checkpoints).all() == [last]
+    assert Steps(run.checkpoints).verify(last) == []
+    assert f"stopped by SIGTERM at step {last}" in stderr
+    assert stderr.splitlines()[-2] == "all is saved; this goes on where it stopped:"
+    assert stderr.splitlines()[-1].endswith("-m lumina_jax.train " + " ".join(arguments))
+
+
+def test_a_second_trainer_is_refused_while_one_trains(whole, tmp_path):
+    run = copied(whole, tmp_path / "run")
+    lock = RunLock(run.lock)
+    with pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
+        train_and_evaluate(config(steps=STEPS + 2), run.path)
+    lock.release()
+    assert contents(run.path) == contents(whole.path)
 
 
 # ----------------------------------------------------------------------------------------------------- stopping, the best
@@ -314,7 +506,7 @@ def test_early_stopping_stops_after_evaluations_without_improvement(diverged):
     losses = [record["loss"] for record in read_json_lines(run.metrics) if record["kind"] == "eval"]
     assert len(losses) < settings.train.steps
     assert losses.index(min(losses)) == len(losses) - 1 - PATIENCE
-    assert read_json_lines(run.ledger)[-1]["step"] == len(losses)
+    assert of_steps(run)[-1]["step"] == len(losses)
     assert json.loads(run.result.read_text())["step"] == len(losses)
 
 
@@ -338,14 +530,14 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(diverged):
     settings, run = diverged
     evaluations = {record["step"]: record for record in read_json_lines(run.metrics) if record["kind"] == "eval"}
     best = min(evaluations.values(), key=lambda record: record["loss"])
-    assert [each.name for each in run.best.iterdir()] == [str(best["step"])]
+    assert best["step"] in Steps(run.checkpoints).all()
     assert json.loads(run.result.read_text())["best_step"] == best["step"] < max(evaluations)
     corpus = prepare(settings.data, V)
     held_out = Batches(Rows(corpus.held_out, T, corpus.document_end_id), 4, seed=0, shuffle=False)
-    step = jax.jit(make_eval_step(settings, state_shapes(settings)[1]))
+    step = jax.jit(make_eval_step(settings, state_shapes(settings)[1], corpus.tokenizer.token_bytes()))
     for which, record in ((True, best), (False, evaluations[max(evaluations)])):
         variables = load_generator(run.path, best=which).variables
-        found = evaluate(step, variables, held_out, corpus.tokenizer.token_bytes(), settings.train.eval_rows)
+        found = evaluate(step, variables, held_out.evaluation(settings.train.eval_rows))
         assert {"kind": "eval", "step": record["step"], **found} == record
 
 

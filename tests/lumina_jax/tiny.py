@@ -7,13 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from lumina.config import Config, DataConfig, MoDConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig, validate
+from lumina.config import (
+    Config,
+    DataConfig,
+    GuardConfig,
+    MoDConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+    TrainConfig,
+    validate,
+)
 
 KINDS = ("dense", "moe", "dense+mod", "moe+mod")
 T, V = 16, 300
 
 
-def tiny(kind: str = "moe+mod", model: Any = (), moe: Any = (), mod: Any = (), optim: Any = (), **train: Any) -> Config:
+def tiny(
+    kind: str = "moe+mod", model: Any = (), moe: Any = (), mod: Any = (), optim: Any = (), guard: Any = (), **train: Any
+) -> Config:
     """Two layers of `kind`; mappings change fields of the config's parts, keywords those of `train`."""
     routed = {"pattern": "all" if kind.startswith("moe") else "none", "num_experts": 4, "top_k": 2, "capacity_factor": 1.0}
     depth = {"pattern": "all" if kind.endswith("+mod") else "none", "capacity": 0.6}
@@ -26,6 +38,7 @@ def tiny(kind: str = "moe+mod", model: Any = (), moe: Any = (), mod: Any = (), o
             data=DataConfig(sequence_length=T),
             optim=OptimConfig(**({"warmup_steps": 4, "learning_rate": 1e-2} | dict(optim))),
             train=TrainConfig(**({"steps": 40, "batch_size": 4} | train)),
+            guard=GuardConfig(**dict(guard)),
         )
     )
 

@@ -74,6 +74,38 @@ def test_an_error_reaches_the_caller_at_its_step_as_it_was_raised():
     join_threads()
 
 
+class Stream:
+    """Tokens that count, which a worker process can be given."""
+
+    name, num_tokens = "train", 1000
+
+    def read(self, start, stop):
+        return np.arange(start, stop, dtype=np.int32)
+
+
+def assert_workers_make_the_same(batches):
+    found = list(prefetch(batches, 5, 12, workers=2))
+    assert [step for step, _ in found] == list(range(5, 12))
+    for step, batch in found:
+        plain = batches.batch(step)
+        assert batch.keys() == plain.keys()
+        assert all(np.array_equal(batch[name], plain[name]) and batch[name].dtype == plain[name].dtype for name in plain)
+
+
+def test_worker_processes_make_the_same_batches_in_the_same_order():
+    assert_workers_make_the_same(Batches(Rows(Stream(), 32, 0), 8, seed=0))
+
+
+def test_worker_processes_read_shards(batches):
+    assert_workers_make_the_same(batches)
+
+
+def test_an_error_in_a_worker_process_reaches_the_caller_at_its_step_as_it_was_raised():
+    impossible = Batches(Rows(Stream(), 32, 0), 8, seed=0).following(5, 0)  # earlier steps would begin before the first row
+    with pytest.raises(IndexError, match="step 2: steps count from"):
+        next(prefetch(impossible, 2, 12, workers=1))
+
+
 @pytest.mark.parametrize("stop", ["close", "drop"])
 def test_stopping_early_ends_the_threads(batches, stop):
     loaded = prefetch(batches, 0, 10**9)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.data.rows import Batches, Rows, permute, segments_and_positions
-from lumina.errors import DataError
+from lumina.errors import ConfigError, DataError
 
 END = 9
 
@@ -202,6 +202,66 @@ def test_row_numbers_are_int64_and_reach_far():
 def test_a_negative_step_is_refused():
     with pytest.raises(IndexError, match="step -1"):
         Batches(rows_of(200, 7), 4, seed=0).row_numbers(-1)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_parts_of_a_batch_put_together_are_the_batch(processes):
+    rows = rows_of(200, 7)
+    whole = Batches(rows, 8, seed=3).batch(5)
+    parts = [Batches(rows, 8, seed=3, part=(i, processes)).batch(5) for i in range(processes)]
+    for name, array in whole.items():
+        assert all(part[name].shape == (8 // processes, 7) for part in parts)
+        assert np.array_equal(np.concatenate([part[name] for part in parts]), array)
+
+
+def test_every_part_knows_the_rows_of_the_whole_batch():
+    rows = rows_of(200, 7)
+    numbers = Batches(rows, 8, seed=3).row_numbers(5)
+    assert len(numbers) == 8
+    for i in range(4):
+        assert np.array_equal(Batches(rows, 8, seed=3, part=(i, 4)).row_numbers(5), numbers)
+
+
+@pytest.mark.parametrize("max_rows", [0, 3, 5])
+def test_the_parts_of_an_evaluation_put_together_are_the_evaluation(max_rows):
+    rows = Rows(Stream(np.arange(31)), 3, 1000)
+    whole = list(Batches(rows, 4, seed=0, shuffle=False).evaluation(max_rows))
+    parts = [list(Batches(rows, 4, seed=0, shuffle=False, part=(i, 2)).evaluation(max_rows)) for i in range(2)]
+    assert [len(part) for part in parts] == [len(whole)] * 2  # processes that made fewer steps would wait for ever
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for name, array in batch.items():
+            assert np.array_equal(np.concatenate([half[name] for half in halves]), array)
+
+
+def test_rows_that_cannot_be_split_over_the_processes_are_refused():
+    with pytest.raises(ConfigError, match="= 6 rows: must be a multiple of 4 processes"):
+        Batches(rows_of(200, 7), 6, seed=0, part=(0, 4))
+
+
+@given(old=st.integers(1, 20), new=st.integers(1, 20), step=st.integers(0, 20))
+@settings(max_examples=50)
+def test_after_a_change_of_batch_size_no_row_is_missed_or_read_twice(old, new, step):
+    before = Batches(rows_of(100, 3), old, seed=1)
+    after = Batches(rows_of(100, 3), new, seed=1).following(step, before.consumed(step))
+    numbers = [before.row_numbers(s) for s in range(step)] + [after.row_numbers(s) for s in range(step, step + 60 // new)]
+    read = np.concatenate(numbers) if numbers else np.zeros(0)
+    at_once = Batches(rows_of(100, 3), 1, seed=1)
+    assert read.tolist() == [int(at_once.row_numbers(i)[0]) for i in range(len(read))]
+    assert after.consumed(step) == before.consumed(step)
+
+
+def test_following_keeps_everything_but_where_it_begins():
+    batches = Batches(rows_of(200, 7), 4, seed=3, shuffle=False, part=(1, 2))
+    changed = batches.following(6, 3)
+    assert {**vars(changed), "first": 0} == vars(batches)
+    assert changed.consumed(6) == 3
+
+
+def test_a_step_before_the_first_row_is_refused():
+    batches = Batches(rows_of(200, 7), 8, seed=0).following(5, 4 * 5)  # five steps of 4 rows
+    assert batches.row_numbers(5).shape == (8,)
+    with pytest.raises(IndexError, match="step 2"):
+        batches.row_numbers(2)
 
 
 # ------------------------------------------------------------------------------------------ segments and positions

@@ -1,6 +1,9 @@
+import fcntl
 import json
+import os
 import re
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -376,6 +379,20 @@ def test_an_interruption_leaves_no_half_cache(tmp_path, monkeypatch, error):
             prepare(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
     assert list((tmp_path / "cache").iterdir()) == []
     prepare(config(tmp_path, tmp_path / "texts.jsonl", held_out=0.3), BYTES)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path, monkeypatch):
+    dead, living = tmp_path / "cache/.making-dead", tmp_path / "cache/.making-living"
+    for directory in (dead, living):
+        directory.mkdir(parents=True)
+    held = os.open(living, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    now = time.time()
+    monkeypatch.setattr("lumina.data.time.time", lambda: now + 120)
+    prepare(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
+    assert living.is_dir()
+    assert not dead.exists()
+    os.close(held)
 
 
 def test_the_slower_of_two_processes_takes_what_the_faster_made(tmp_path):

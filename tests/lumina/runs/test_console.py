@@ -1,5 +1,6 @@
 """What a person sees, on a terminal and in a file."""
 
+import errno
 import io
 
 import pytest
@@ -99,6 +100,28 @@ def test_a_status_is_replaced_on_a_terminal_and_kept_elsewhere(terminal):
 def test_a_step_without_a_known_end_shows_a_question_mark(terminal):
     Console(100, terminal).progress(RECORD | {"seconds_left": float("inf")}, logged=True)
     assert "  eta ?  loss" in terminal.screen()[0]
+
+
+class Refusing(io.StringIO):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+def test_a_full_disk_under_a_log_costs_its_lines_and_not_the_run():
+    console = Console(100, Refusing(OSError(errno.ENOSPC, "No space left on device")))
+    console.say("held out: fine")
+    console.status("compiling")
+    console.progress(RECORD, logged=True)
+    console.done()
+
+
+def test_output_that_nobody_reads_is_told_to_the_caller():
+    with pytest.raises(BrokenPipeError):
+        Console(100, Refusing(BrokenPipeError())).say("held out: fine")
 
 
 def test_a_table_aligns_names_and_indents_further_lines():

@@ -1,15 +1,26 @@
 """What a trainer tells of a run: compressors beside it, and whether there is anything left to do."""
 
 import gzip
+import hashlib
+import io
 import json
 import lzma
+import math
+import struct
 import zlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
-from lumina.config import TrainConfig
+from lumina.architecture import counts
+from lumina.config import Config, TrainConfig
+from lumina.data.rows import Batches, Rows
 from lumina.runs import report
+from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import Journal, read_json_lines
+from lumina.runs.metrics import MetricsLog
 
 TEXT = "".join(f"line {i * i}\n" for i in range(2000)).encode()
 
@@ -44,3 +55,153 @@ def test_a_run_is_finished_when_its_result_is_of_its_last_step(tmp_path, result,
         run.result.write_text(json.dumps(result))
     found = report.finished(run, TrainConfig(steps=steps, early_stopping=early_stopping), step)
     assert found == (result if is_finished else None)
+
+
+# --------------------------------------------------------------------------------------------------- at the beginning
+
+CORPUS = SimpleNamespace(
+    train=SimpleNamespace(num_tokens=64_000),
+    held_out=SimpleNamespace(num_tokens=1000),
+    manifest={"tokenizer": {"name": "bpe-300"}, "rejects": {"counts": {"empty": 2, "not_json": 1}}},
+)
+
+
+def opening(config, start=0):
+    text = report.opening(config, RunDirectory("runs/x"), CORPUS, start, "2 x cpu (fast)", 1.5e12)
+    return dict(line.strip().split("  ", 1) for line in text.splitlines())
+
+
+def test_the_opening_tells_what_is_about_to_happen():
+    config = Config()
+    config.train.steps, config.train.batch_size, config.data.sequence_length = 500, 16, 64
+    rows = opening(config)
+    assert rows["run"] == "runs/x, new"
+    assert rows["device"] == "2 x cpu (fast); matmul peak 1.50 TFLOP/s in float32"
+    assert rows["batch"] == "16 rows x 64 = 1,024 tokens"
+    assert rows["steps"] == "500: 512 K tokens, 8.00 epochs"
+    assert rows["data"] == "stdlib: 64.0 K tokens to train on, 1.00 K held out; bpe-300, 3 records rejected"
+
+
+def test_the_opening_of_a_run_that_goes_on_says_from_where():
+    assert opening(Config(), start=120)["run"] == "runs/x, from step 120"
+
+
+# --------------------------------------------------------------------------------------------------------- each step
+
+T = 4
+
+
+class Stream:
+    name, num_tokens = "train", 50 * T + 1
+
+    def read(self, start, stop):
+        return np.arange(start, stop, dtype=np.int32)
+
+
+def metrics(**changed):
+    ones = {name: np.float32(1.5) for name in ("loss", "accuracy", "learning_rate", "gradient_norm")}
+    return {**ones, "text_bytes": np.int32(16), "skipped": np.int32(0), "stop": np.int32(0), **changed}
+
+
+@pytest.fixture
+def reporter(tmp_path):
+    """A reporter of batches of two rows, whose metrics need no fetching, and its run."""
+    config, run = Config(), RunDirectory(tmp_path)
+    config.data.sequence_length, config.train.batch_size, config.train.steps = T, 2, 9
+    config.monitor.log_every, config.monitor.tensorboard = 2, False
+    batches, console = Batches(Rows(Stream(), T, -1), 2, seed=0), Console(9, io.StringIO())
+    log, ledger = MetricsLog(run, config.monitor, 0, console.say), Journal(run.ledger, console.say)
+    made = report.Reporter(config, console, log, ledger, batches, 1e12, lambda metrics: metrics)
+    made.run = run
+    return made
+
+
+def test_a_step_is_reported_when_the_next_is_under_way(reporter):
+    assert reporter.dispatched(1, metrics(), True) is None
+    assert reporter.dispatched(2, metrics(), True)["step"] == 1
+    assert reporter.flush()["step"] == 2
+    assert reporter.flush() is None
+
+
+def test_a_step_that_does_not_count_is_not_reported(reporter):
+    reporter.dispatched(1, metrics(), True)
+    reporter.forget()
+    assert reporter.flush() is None
+    assert read_json_lines(reporter.run.ledger) == []
+
+
+def test_the_ledger_has_the_bits_of_the_loss_and_the_digest_of_the_rows(reporter):
+    loss = np.float32(1 / 3)
+    reporter.dispatched(3, metrics(loss=loss), True)
+    reporter.flush()
+    numbers = reporter.batches.row_numbers(2)
+    rows = hashlib.sha256(b"".join(int(n).to_bytes(8, "little") for n in numbers)).hexdigest()[:16]
+    assert read_json_lines(reporter.run.ledger) == [{"step": 3, "loss": struct.pack(">f", loss).hex(), "rows": rows}]
+
+
+@pytest.mark.parametrize(
+    ("update", "skipped", "says", "decides"),
+    [(True, 0, None, 0), (True, 2, "skipped", 2), (False, 0, "passed over", 0), (False, 2, "passed over", 0)],
+)
+def test_the_ledger_says_where_a_step_made_no_update(reporter, update, skipped, says, decides):
+    reporter.dispatched(3, metrics(skipped=np.int32(skipped)), update)
+    assert reporter.flush()["skipped"] == decides
+    (record,) = read_json_lines(reporter.run.ledger)
+    assert record.get("update") == says
+
+
+def test_the_loop_decides_by_what_the_step_found(reporter):
+    reporter.dispatched(3, metrics(loss=np.float32(2.5), gradient_norm=np.float32(np.inf), stop=np.int32(2)), True)
+    numbers = reporter.batches.row_numbers(2).tolist()
+    expected = {"step": 3, "loss": 2.5, "gradient_norm": math.inf, "skipped": 0, "row_numbers": numbers, "stop": True}
+    assert reporter.flush() == expected
+
+
+def test_every_step_is_in_the_ledger_and_every_logged_one_and_the_last_in_the_metrics(reporter):
+    for step in range(1, 10):
+        reporter.dispatched(step, metrics(), True)
+    reporter.flush()
+    assert [record["step"] for record in read_json_lines(reporter.run.ledger)] == list(range(1, 10))
+    assert [record["step"] for record in read_json_lines(reporter.run.metrics)] == [2, 4, 6, 8, 9]
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_metrics_and_its_bits_in_the_ledger(reporter):
+    reporter.dispatched(2, metrics(loss=np.float32(np.nan)), True)
+    reporter.flush()
+    assert read_json_lines(reporter.run.metrics)[0]["loss"] is None
+    (bits,) = struct.unpack(">f", bytes.fromhex(read_json_lines(reporter.run.ledger)[0]["loss"]))
+    assert math.isnan(bits)
+
+
+def test_figures_of_a_step_follow_from_its_loss_its_bytes_and_its_time(reporter, monkeypatch):
+    monkeypatch.setattr(reporter.rate, "step", lambda tokens: 100.0 * tokens)
+    reporter.dispatched(2, metrics(), True)
+    reporter.flush()
+    (record,) = read_json_lines(reporter.run.metrics)
+    assert record["bits_per_byte"] == pytest.approx(1.5 * 8 / 16 / math.log(2))
+    assert record["tokens_per_second"] == 800
+    assert record["peak_fraction"] == pytest.approx(800 * counts(reporter.config).training_flops / 1e12)
+
+
+def test_a_batch_of_no_text_has_figures_all_the_same(reporter):
+    reporter.dispatched(2, metrics(text_bytes=np.int32(0)), True)
+    assert reporter.flush()["loss"] == 1.5
+
+
+def test_routing_is_told_by_layer_and_loads_as_shares(reporter):
+    moe = {"load_E": np.array([[1, 3], [2, 2]]), "dropped": np.float32([0.25, 0.5])}
+    reporter.dispatched(2, metrics(moe=moe, mod={"agreement": np.float32([0.75])}), True)
+    reporter.flush()
+    (record,) = read_json_lines(reporter.run.metrics)
+    assert (record["moe_load"], record["moe_dropped"], record["mod_agreement"]) == (
+        [[0.25, 0.75], [0.5, 0.5]],
+        [0.25, 0.5],
+        [0.75],
+    )
+
+
+def test_without_journals_nothing_is_written(reporter):
+    reporter.log = reporter.ledger = None
+    reporter.dispatched(2, metrics(), True)
+    assert reporter.flush()["step"] == 2
+    assert not reporter.run.ledger.exists()

