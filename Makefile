@@ -10,7 +10,7 @@ BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 LOCKED := pyproject.toml requirements.lock
 
-.PHONY: help setup setup-dev train test check mutants format bench lock hooks clean
+.PHONY: help setup setup-dev train test check mutants faults format bench lock hooks clean
 .NOTPARALLEL:
 
 help: ## list these tasks
@@ -34,6 +34,9 @@ check: $(VENV)/.dev ## lint (with security rules), formatting, types
 
 mutants: $(VENV)/.dev ## plant known mistakes and see the tests catch each; ARGS='tied head' plants some
 	$(BIN) tests/mutants.py $(if $(ARGS),'$(ARGS)')
+
+faults: $(VENV)/.dev ## kill, damage, fill and hang a tiny run, and see that nothing is lost; ARGS=kill tries some
+	$(BIN) -m tests.faults.matrix $(ARGS)
 
 format: $(VENV)/.dev ## format the code, and sort its imports
 	$(BIN) -m ruff check --select I --fix --quiet .

@@ -252,8 +252,8 @@ def parameters_digest(found: dict[str, str]) -> str:
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
-    # Random bits do not compress. A directory that is made in the background and that the disk refuses would leave threads which
-    # wait for it, and keep the process from ending.
+    # Random bits do not compress. A directory that is made in the background, and that the disk refuses, would leave threads
+    # behind which wait for it and keep the process from ending.
     options = ocp.AsyncOptions(create_directories_asynchronously=False)
     return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
 

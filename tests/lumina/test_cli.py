@@ -83,7 +83,7 @@ def test_sampling_a_run_without_checkpoints_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     done = lumina("sample", str(tmp_path))
     assert done.returncode == 5
-    assert "no checkpoints" in done.stderr
+    assert "no whole checkpoint" in done.stderr
 
 
 def test_a_closed_pipe_is_no_error():
