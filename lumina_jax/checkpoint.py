@@ -3,11 +3,12 @@
 A step's directory holds `state/`, the arrays by name, and the manifest, which has for each array shape, dtype and digest.
 """
 
+import queue
+import re
 import shutil
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from lumina.config import CheckpointConfig
 from lumina.errors import CheckpointError, UsageError
@@ -23,6 +23,7 @@ from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps
 from lumina.runs.units import gib
 from lumina_jax.digest import digests
+from lumina_jax.mesh import agreed, in_any, own_copy
 from lumina_jax.step import TrainState
 
 Record = dict[str, Any]  # what the manifest says of a step: progress, ledger, fingerprints, leaves
@@ -49,10 +50,14 @@ class Checkpoints:
         self._events, self._config, self._like, self._backup = events, config, like, backup
         self._writes = jax.process_index() == 0
         self._saves = 0
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="backup")
-        self._in_backup: set[int] = set()  # steps that retention leaves alone
+        self._best: int | None = None  # the best step that was written
         self._thread: threading.Thread | None = None
-        self._orbax = _orbax()
+        self._orders: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._in_backup: set[int] = set()  # steps that retention leaves alone
+        # A slow or hanging place for backups must hold up neither training nor an end that was asked for.
+        self._copier = threading.Thread(target=self._back_up, name="backup", daemon=True)
+        if backup is not None:
+            self._copier.start()
         self.failure = ""  # why the last save did not succeed
         if self._writes:
             self.steps.clean()
@@ -60,10 +65,10 @@ class Checkpoints:
     # ---------------------------------------------------------------------------------------------------- saving
 
     def require_room(self) -> None:
-        """Raise a UsageError where not even one checkpoint fits on the disk."""
+        """Raise a UsageError, in all processes, where not even one checkpoint fits on the disk."""
         needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._like))
         free = shutil.disk_usage(self.steps.path.parent).free
-        if self._writes and free < needed:
+        if not agreed(free >= needed):
             raise UsageError(
                 f"{self.steps.path.parent}: {gib(free)} free, a checkpoint takes {gib(needed)}, and there are "
                 f"{self._config.keep + 1} at times; make room, or choose another --workdir"
@@ -73,70 +78,61 @@ class Checkpoints:
         """Copy `state` to the host and write it in the background; a step that exists already is left as it is.
 
         `record` is given the digest of the parameters and returns what else the manifest is to say. A disk that fails costs
-        this checkpoint, which is said, and no older one; `failure` then says why.
+        this checkpoint, which is said, and no older one; `failure` then says why. The state is whole on every device, so that
+        the first process writes it alone, and waits for no other.
         """
         self.wait()
-        if self._agreed(step in self.steps.all()):
+        if not self._writes or step in self.steps.all():
             return
-        named = by_name(state)
+        named = by_name(own_copy(state))
         found = digests(named)
-        leaves = {n: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": found[n]} for n, a in named.items()}
+        # A copy: the arrays are about to be given away to the next step.
+        host = {name: np.array(array) for name, array in named.items()}
+        leaves = {n: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": found[n]} for n, a in host.items()}
         parameters = parameters_digest(found)
         manifest = {"leaves": leaves, "parameters": parameters, **record(parameters)}
-        try:
-            if self._writes:
-                self.steps.begin(step)
-        except OSError as error:
-            self._failed(step, error)
-        if not self._agreed(self.steps.writing(step).is_dir()):
-            return
-        try:
-            self._orbax.save((self.steps.writing(step) / "state").absolute(), args=ocp.args.PyTreeSave(named))
-        except Exception as error:  # whatever a disk makes Orbax raise
-            self._failed(step, error)
-            return
-        best = manifest["progress"]["best_step"]
-        self._thread = threading.Thread(target=self._finish, args=(step, manifest, best), name=f"save-{step}")
+        self._thread = threading.Thread(target=self._write, args=(step, host, manifest), name=f"save-{step}")
         self._thread.start()
 
-    def _finish(self, step: int, manifest: Record, best: int | None) -> None:
-        """In the background: until the arrays are on disk, then the commit, then what may go, then a backup."""
+    def _write(self, step: int, host: dict[str, np.ndarray], manifest: Record) -> None:
+        """In the background: the arrays, then the commit, then what may go."""
         try:
-            self._orbax.wait_until_finished()
-            if not self._writes:
-                return
+            directory = self.steps.begin(step)
+            with _orbax() as writer:
+                writer.save((directory / "state").absolute(), args=ocp.args.PyTreeSave(host))
             self.steps.commit(step, manifest)
-        except Exception as error:
-            self._failed(step, error)
+        except Exception as error:  # whatever a disk makes Orbax raise
+            self.failure = why(error)
+            self.steps.abandon(step)
+            stands = f"step {self.steps.all()[-1]} stands" if self.steps.all() else "there is none yet"
+            says = f"step {step}: the checkpoint could not be written ({self.failure}); {stands}"
+            self._events.write("save failed", step, says)
             return
         self.failure = ""
         self._events.write("saved", step)
         self._saves += 1
         if self._backup is not None and self._saves % self._config.backup_every == 0:
             self._in_backup.add(step)
-            self._copier.submit(self._back_up, step)
-        try:
-            self.steps.remove(old for old in self.steps.superfluous(best) if old not in self._in_backup)
+            self._orders.put(step)
+        if (best := manifest["progress"]["best_step"]) in self.steps.all():
+            self._best = best
+        stay = {self._scheduled(), *self._in_backup}
+        try:  # a step that is pinned by now stays as well
+            doomed = self.steps.superfluous(self._best)
+            self.steps.remove(old for old in doomed if old not in stay | self.steps.pinned())
         except OSError as error:
-            self._events.write("remove failed", step, f"older checkpoints cannot be removed: {_why(error)}")
+            self._events.write("remove failed", step, f"older checkpoints cannot be removed: {why(error)}")
 
-    def _back_up(self, step: int) -> None:
-        """In a thread of its own, as a slow place for backups must hold up neither training nor saving."""
-        try:
-            if self._backup and step == max(self._in_backup):  # else a newer one waits
-                self._events.write("backed up", step, path=str(self._backup(step)))
-        except (OSError, CheckpointError) as error:
-            self._events.write("backup failed", step, f"step {step}: not backed up: {_why(error)}; training goes on")
-        finally:
-            self._in_backup.discard(step)
-
-    def _failed(self, step: int, error: Exception) -> None:
-        self.failure = _why(error)
-        self.steps.abandon(step)
-        self._orbax = _orbax()  # one that failed may hold on to what failed
-        kept = self.steps.all()
-        stands = f"step {kept[-1]} stands" if kept else "there is none yet"
-        self._events.write("save failed", step, f"step {step}: the checkpoint could not be written ({self.failure}); {stands}")
+    def _back_up(self) -> None:
+        """In a thread of its own: the newest step that is to be backed up, until there are no more."""
+        while (step := self._orders.get()) is not None:
+            try:
+                if self._backup and step == max(self._in_backup):  # else a newer one waits
+                    self._events.write("backed up", step, path=str(self._backup(step)))
+            except (OSError, CheckpointError) as error:
+                self._events.write("backup failed", step, f"step {step}: not backed up: {why(error)}; training goes on")
+            finally:
+                self._in_backup.discard(step)
 
     def wait(self) -> None:
         """Until what is being written exists, or has failed."""
@@ -145,9 +141,9 @@ class Checkpoints:
             self._thread = None
 
     def require(self, step: int) -> None:
-        """Raise a CheckpointError unless `step` exists."""
+        """Raise a CheckpointError, in all processes, unless `step` exists."""
         self.wait()
-        if self._writes and step not in self.steps.all():
+        if not agreed(step in self.steps.all()):
             kept = self.steps.all()
             newest = f"the newest checkpoint is step {kept[-1]}" if kept else "there is no checkpoint"
             raise CheckpointError(
@@ -155,59 +151,61 @@ class Checkpoints:
                 "run the same command"
             )
 
+    def close(self, wait_for_backup: bool = False) -> None:
+        """Wait for what is being written; a backup that is not waited for is dropped when the process ends."""
+        self.wait()
+        self._orders.put(None)
+        if wait_for_backup and self._copier.is_alive():
+            self._copier.join()
+
     # --------------------------------------------------------------------------------------------------- restoring
 
-    def restore(self) -> tuple[TrainState, Record] | None:
+    def restore(self, scheduled: bool = False) -> tuple[TrainState, Record] | None:
         """The newest state that verifies and its manifest; None in a new run.
 
         A step that does not verify is renamed aside and named in one line. Raises CheckpointError when there were steps and
         none is good, or when one is good but of another model.
+
+        Args:
+            scheduled: only steps that `checkpoint.every` divides, and newer ones are deleted: where a rewind goes must not
+                depend on where the run was stopped.
         """
         self.wait()
         like = by_name(self._like)
-        while (step := self._agreed(self._newest_verified())) is not None:
+        while (step := agreed(self._newest_verified(scheduled))) is not None:
             manifest = self.steps.manifest(step)
             _check_fits(self.steps.directory(step), manifest["leaves"], like)
-            try:
-                named = _read(self.steps.directory(step), like)
-                wrong = _damaged(named, manifest["leaves"])
-            except Exception as error:  # files whole, and yet unreadable
-                wrong = [_why(error)]
-            if not wrong:
+            named = _read(self.steps.directory(step), like)
+            wrong = _damaged(named, manifest["leaves"])
+            if not in_any(bool(wrong)):
                 return jax.tree.unflatten(jax.tree.structure(self._like), named.values()), manifest
-            self._set_aside(step, wrong)
-        if self._agreed(self.steps.broken() != []):
+            self._set_aside(step, wrong or ["another process reads other values"])
+        if not scheduled and agreed(self.steps.broken() != []):
             raise CheckpointError(
                 f"{self.steps.path}: no checkpoint is whole, {len(self.steps.broken())} were set aside (broken-*); restore a "
-                "backup, or remove them to begin again at step 0"
+                "backup, rename back what was not at fault, or move them away to begin again at step 0"
             )
         return None
 
-    def _newest_verified(self) -> int | None:
+    def _newest_verified(self, scheduled: bool) -> int | None:
         for step in reversed(self.steps.all() if self._writes else []):
-            wrong = self.steps.verify(step)
-            if not wrong:
+            if scheduled and step % self._config.every:
+                self.steps.remove([step])
+            elif wrong := self.steps.verify(step):
+                self._set_aside(step, wrong)
+            else:
                 return step
-            self._set_aside(step, wrong)
         return None
+
+    def _scheduled(self) -> int | None:
+        """The step that a rewind would go to."""
+        return max((step for step in self.steps.all() if step % self._config.every == 0), default=None)
 
     def _set_aside(self, step: int, wrong: list[str]) -> None:
         if self._writes:
             path = self.steps.set_aside(step)
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             self._events.write("set aside", step, f"step {step} is damaged, now {path.name}: {wrong[0]}{more}")
-
-    def _agreed(self, value: Any) -> Any:
-        """What the first process says, so that all do the same: None, a truth value or a step."""
-        if jax.process_count() == 1:
-            return value
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
-        return type(value)(number) if isinstance(value, bool) else None if number < 0 else number
-
-    def close(self) -> None:
-        self.wait()
-        self._copier.shutdown()
-        self._orbax.close()
 
 
 def load(run: RunDirectory, like: TrainState, best: bool = False) -> tuple[TrainState, int]:
@@ -251,11 +249,11 @@ def parameters_digest(found: dict[str, str]) -> str:
     return sha256(repr(of_model).encode()).hexdigest()[:16]
 
 
-def _orbax() -> ocp.AsyncCheckpointer:
-    # Random bits do not compress. A directory that is made in the background, and that the disk refuses, would leave threads
-    # behind which wait for it and keep the process from ending.
-    options = ocp.AsyncOptions(create_directories_asynchronously=False)
-    return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
+def _orbax() -> ocp.Checkpointer:
+    """Writes from the first process alone. Random bits do not compress."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="save")
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=alone)
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _read(directory: Path, like: dict[str, Any]) -> dict[str, jax.Array]:
@@ -288,6 +286,12 @@ def _path(path: Any) -> str:
     return ".".join(names).removesuffix(".value")
 
 
-def _why(error: Exception) -> str:
-    text = (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0]
+def why(error: Exception) -> str:
+    """An error in one line; of TensorStore's long ones what the operating system said."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    elif said := re.findall(r"OS error \d+: \w* ?([^\]]+)", text):
+        text = said[-1]
+    text = text.splitlines()[0]
     return text if len(text) < 200 else text[:200] + "..."

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lumina.config import Config
@@ -71,6 +72,28 @@ def place_rows(mesh: Mesh, tree: Any) -> Any:
     """This process's rows as its part of arrays whose leading axis is spread over the devices."""
     sharding = NamedSharding(mesh, ROWS)
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+
+
+def agreed(value: Any) -> Any:
+    """What the first process says, so that all do the same: None, a truth value, or a number from 0."""
+    if jax.process_count() == 1:
+        return value
+    number = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
+    return type(value)(number) if isinstance(value, bool) else None if number < 0 else number
+
+
+def in_any(value: bool) -> bool:
+    """Whether it holds in any process."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(value)).any())
+
+
+def require_same(what: str, digest: str) -> None:
+    """Raise a ConfigError, in all processes, unless each has the same: 64 hexadecimal digits."""
+    if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
+        different = [number for number, each in enumerate(found) if (each != found[0]).any()]
+        if different:
+            raise ConfigError(f"{what}: process {different[0]} has another than process 0; start all with the same")
 
 
 def own_copy(tree: Any) -> Any:

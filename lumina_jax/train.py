@@ -3,25 +3,28 @@
 The story, in order: the run and its data, the model, what is about to happen, the loop (`lumina.runs.loop`), the result.
 """
 
+import json
 import os
 import shlex
 import sys
 import time
 import traceback
 from contextlib import ExitStack
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumina.config import Config
+from lumina.config import Config, to_dict
 from lumina.data import prepare
 from lumina.data.rows import Batches, Rows
-from lumina.errors import STOPPED_AND_SAVED, LuminaError, exit_with
+from lumina.errors import OUTPUT_CLOSED, STOPPED_AND_SAVED, ConfigError, LuminaError, exit_with
 from lumina.flags import parse
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory, config_fingerprint
 from lumina.runs.lock import RunLock
+from lumina.runs.progress import Progress
 
 SAMPLES = 3  # continuations printed at the end
 
@@ -53,6 +56,8 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     data = corpus.manifest | {"fingerprint": corpus.fingerprint}
     run.check_same_data(data, accept_changes)
     changes = run.changes(config) + run.data_changes(data)
+    if len(corpus.tokenizer.encode(config.monitor.sample_prompt)) >= config.data.sequence_length:
+        raise ConfigError(f"monitor.sample_prompt = {config.monitor.sample_prompt!r}: must leave room for an answer in a row")
 
     # ------------------------------------------------------------------------------- the model, new or where it stopped
     import jax  # from here on: a mistake above is told in the second that importing it would take
@@ -63,10 +68,12 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     from lumina_jax.device import describe, matmul_peak
     from lumina_jax.evaluate import evaluate
     from lumina_jax.generate import Generator, Sampling
-    from lumina_jax.mesh import join, make_mesh, own_copy, place_rows, shaped_whole, whole
+    from lumina_jax.mesh import agreed, join, make_mesh, own_copy, place_rows, require_same, shaped_whole, whole
     from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step, state_shapes
 
     join()
+    require_same("the config", sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
+    require_same("the data (data.source, data.tokenizer, Python's version)", corpus.fingerprint)
     mesh, part = make_mesh(config), (jax.process_index(), jax.process_count())
     end, T, train = corpus.document_end_id, config.data.sequence_length, config.train
     train_batches = Batches(Rows(corpus.train, T, end), train.batch_size, train.seed, part=part)
@@ -78,22 +85,24 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     checkpoints = Checkpoints(run, config.checkpoint, events, shaped_whole(mesh, shapes), backup)
     resources.callback(checkpoints.close)
     restored = checkpoints.restore()
-    start = int(restored[0].step) if restored else 0
-    if writes:
-        run.record(config, data, corpus.tokenizer)
-    if result := report.finished(run, train, start):
-        if writes:
+    start, progress = (int(restored[0].step), Progress(**restored[1]["progress"])) if restored else (0, Progress())
+    result = report.finished(run, train, start, progress)
+    if agreed(result is not None):
+        if writes and result:
             report.print_result(run, result)
-        goes_on = "--config.train.early_stopping=0" if result["stopped_early"] else "a larger --config.train.steps"
+        goes_on = "--config.train.early_stopping=0" if result and result["stopped_early"] else "a larger --config.train.steps"
         console.say(f"{run.path} is complete: {goes_on} goes on, another --workdir starts anew")
         return 0
     checkpoints.require_room()
 
     # ---------------------------------------------------------------------------------------- what is about to happen
     cause = os.environ.get("LUMINA_RESTART_CAUSE", "")  # from `lumina run`
-    events.write("started", start, command=sys.argv, process=os.getpid(), **({"restarted_because": cause} if cause else {}))
+    where: dict[str, Any] = {"jax": jax.__version__, "devices": describe(mesh), "process": os.getpid()}
+    events.write("started", start, command=sys.argv, **where, **({"restarted_because": cause} if cause else {}))
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
+    if writes:
+        run.record(config, data, corpus.tokenizer)
     peak = matmul_peak(train.compute_dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     console.say(report.opening(config, run, corpus, start, describe(mesh), peak))
     console.status("compiling the training step")
@@ -140,7 +149,9 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     del restored  # its arrays are the loop's to give away
     outcome = loop.run()
     if outcome == "stopped":
-        return STOPPED_AND_SAVED
+        again = shlex.join([sys.executable, "-m", "lumina_jax.train", *sys.argv[1:]])
+        console.say(f"all is saved; this goes on where it stopped:\n  {again}")
+        return OUTPUT_CLOSED if console.closed and not loop.asked else STOPPED_AND_SAVED
 
     # ----------------------------------------------------------------------------------------------------- the result
     if outcome == "stopped early":
@@ -155,6 +166,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
         run.write_result(result)
         events.write("finished", step)
         report.print_result(run, result)
+        checkpoints.close(wait_for_backup=True)
     return 0
 
 
@@ -168,9 +180,6 @@ def main() -> None:
         traceback.print_exc()
         sys.stdout.flush()
         os._exit(1)
-    if code == STOPPED_AND_SAVED:
-        again = shlex.join([sys.executable, "-m", "lumina_jax.train", *sys.argv[1:]])
-        print(f"all is saved; this goes on where it stopped:\n  {again}", file=sys.stderr)
     sys.exit(code)
 
 

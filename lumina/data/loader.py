@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from lumina.data.rows import Batches
+from lumina.runs.health import STOPPING
 
 THREADS = 2
 AHEAD = 4  # batches; one is in use while these wait
@@ -24,7 +25,7 @@ def prefetch(batches: Batches, start: int, stop: int, workers: int = 0) -> Itera
     if workers:
         absl.flags.FLAGS.mark_as_parsed()  # grain asks for some; Lumina's own flags are not absl's
         options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=AHEAD)
-        dataset = dataset.mp_prefetch(options, _leave_interrupts_to_the_trainer)
+        dataset = dataset.mp_prefetch(options, _leave_signals_to_the_trainer)
     reader = iter(dataset)
     try:
         yield from reader
@@ -32,6 +33,7 @@ def prefetch(batches: Batches, start: int, stop: int, workers: int = 0) -> Itera
         reader.close()  # also when the caller stops early: the threads end with the batch that they are at
 
 
-def _leave_interrupts_to_the_trainer(worker: int, workers: int) -> None:
-    """Ctrl-C in a terminal goes to all processes, and the trainer still needs batches to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_trainer(worker: int, workers: int) -> None:
+    """A signal to all, such as Ctrl-C, asks the trainer to stop, and that still needs batches to finish its step."""
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

@@ -54,7 +54,7 @@ def add(runs: argparse.ArgumentParser) -> None:
     for name, what in (("pin", "keep a checkpoint for good"), ("unpin", "let a pinned checkpoint go")):
         command(name, _pin, what, "RUN").add_argument("step", metavar="STEP", type=int)
     restore = command("restore", _restore, "make a run directory from a backup")
-    restore.add_argument("backup", metavar="BACKUP", type=Path, help="$LUMINA_BACKUP_PASSPHRASE opens an encrypted one")
+    restore.add_argument("backup", metavar="BACKUP", type=Path, help="if encrypted, $LUMINA_BACKUP_PASSPHRASE opens it")
     restore.add_argument("--out", metavar="RUN", type=Path, required=True, help="the run directory to make")
 
 
@@ -213,7 +213,7 @@ def _compare(arguments: argparse.Namespace) -> None:
         _say(f"{name}: {run.path}")
     _say("config: " + (f"differs in {len(configs)} field{'s' * (len(configs) > 1)}" if configs else "the same"))
     for each in configs:
-        _say(f"  {each['field']}: {each['a']!r} / {each['b']!r}" + ("" if each["decides"] else " (decides no number)"))
+        _say(f"  {each['field']}: {each['a']!r} / {each['b']!r}" + ("" if each["decides"] else " (may change)"))
     _say("data: " + ("the same" if data[0] == data[1] else " / ".join(str(fingerprint)[:12] for fingerprint in data)))
     for line in _verdict(verdict):
         _say(line)

@@ -27,6 +27,7 @@ class Console:
         """Without a stream, in all processes of a run but the first, it says nothing."""
         self.steps = steps
         self.stream = stream
+        self.closed = False  # whether whoever read it has gone
         self.live = stream is not None and stream.isatty()
         self._open = False
 
@@ -72,7 +73,7 @@ class Console:
             self.stream.write(text)
             self.stream.flush()
         except BrokenPipeError:  # nobody reads any more: the caller decides
-            raise
+            self.closed, self.stream = True, None
         except OSError:  # a full disk under a redirected log costs its lines, not the run
             pass
 

@@ -23,7 +23,7 @@ class Saving(Protocol):
 
     def save(self, step: int, state: Any, record: Callable[[str], dict[str, Any]]) -> None: ...
     def require(self, step: int) -> None: ...
-    def restore(self) -> tuple[Any, dict[str, Any]] | None: ...
+    def restore(self, scheduled: bool = False) -> tuple[Any, dict[str, Any]] | None: ...
 
 
 @dataclass
@@ -113,11 +113,11 @@ class Loop:
         config, steps = self.config, self.config.train.steps
         for number, batch in prefetch(self.batches, self.step, steps, config.data.workers):
             update = not self.progress.passes_over(number + 1)
-            self.state, metrics = self.backend.train_step(self.state, batch, update, bool(self.asked))
+            self.state, metrics = self.backend.train_step(self.state, batch, update, self._asked())
             self.step = number + 1
             self._judge(self.reporter.dispatched(self.step, metrics, update))
             self.watchdog.alive()
-            last, stopping = self.step == steps, self._told if self.backend.processes > 1 else bool(self.asked)
+            last, stopping = self.step == steps, self._told if self.backend.processes > 1 else self._asked()
             evaluating = last or self._due(config.train.eval_every)
             sampling = not last and self._due(config.monitor.sample_every)
             saving = last or stopping or self._due(config.checkpoint.every)
@@ -133,7 +133,7 @@ class Loop:
                 if evaluating and self._out_of_patience():
                     return "stopped early"
             if stopping and not last:
-                why = self.asked.signal or "a signal to another process"
+                why = self.asked.signal or ("closed output" if self.console.closed else "a signal to another process")
                 self.events.write("stopped", self.step, f"stopped by {why} at step {self.step}")
                 return "stopped"
         return "finished"
@@ -150,6 +150,10 @@ class Loop:
         return samples
 
     # ------------------------------------------------------------------------------------------------ parts of a step
+
+    def _asked(self) -> bool:
+        """Whether this process is to stop: by a signal, or as nobody reads what it prints."""
+        return bool(self.asked) or self.console.closed
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
@@ -189,10 +193,11 @@ class Loop:
             self.events.write("skipped", reported["step"], says)
 
     def _rewind(self, bad: dict[str, Any]) -> None:
-        """Back to the newest checkpoint; the batches from there to the bad one will be passed over."""
+        """Back to the newest scheduled checkpoint; the batches from there to the bad one will be passed over."""
         before = self.progress
         self.reporter.forget()
-        self._take(self.checkpoints.restore())
+        self.state = None  # one state at a time is all that a device may hold
+        self._take(self.checkpoints.restore(scheduled=True))
         self.batches = self.reporter.batches = self.batches.following(self.step, self.progress.rows)
         self.progress = self.progress.rewound(before, self.step + 1, bad["step"])
         says = f"{diagnosis(bad)}: back to step {self.step}, passing over the batches up to this one"
@@ -210,11 +215,13 @@ class Loop:
     def _failed(self, error: Exception) -> None:
         """Record the failure and, where it says nothing against the state, try to save that; a step that exists stays."""
         self.events.write("failed", self.step, error=f"{type(error).__name__}: {error}", process=os.getpid())
-        if isinstance(error, DoNotRetryError) or self.backend.processes > 1:  # saving takes all processes
+        if isinstance(error, DoNotRetryError) or self.backend.processes > 1:  # others may be at another step
             return
+        if self._due(self.config.train.eval_every) and self.progress.last_step != self.step:
+            return  # resumed from here, the evaluation of this step would never be made
         try:
             self.watchdog.alive()  # out of memory, threads that a save waits for may never begin
-            self.reporter.flush()
+            self._judge(self.reporter.flush())
             self.step = self.backend.steps_of(self.state)
             self._save()
             self.checkpoints.require(self.step)

@@ -59,7 +59,7 @@ def must_rewind(guard: GuardConfig, step: dict[str, Any], rewinds: int) -> bool:
     """
     spike = math.isfinite(step["loss"]) and math.isfinite(step["gradient_norm"])
     if spike and guard.spike_action == "rewind":
-        if rewinds == guard.max_rewinds:
+        if rewinds >= guard.max_rewinds:
             raise DoNotRetryError(
                 f"{diagnosis(step)}, after {rewinds} rewinds (guard.max_rewinds): the loss keeps jumping; lower "
                 "optim.learning_rate (with --accept-changes), raise guard.spike_sigmas, or look at the rows"

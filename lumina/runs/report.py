@@ -17,6 +17,7 @@ from lumina.runs.console import Console, Rate, printable, table
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal
 from lumina.runs.metrics import MetricsLog
+from lumina.runs.progress import Progress
 from lumina.runs.units import flops_per_second, gib, si
 
 
@@ -88,9 +89,8 @@ class Reporter:
 
     def dispatched(self, step: int, metrics: Any, update: bool) -> dict[str, Any] | None:
         """Step `step` is under way, with an update or passing over its batch; report the one before it, as `flush` does."""
-        before = self.flush()
-        self.pending = (step, metrics, update)
-        return before
+        before, self.pending = self.pending, (step, metrics, update)
+        return self._report(before)
 
     def forget(self) -> None:
         """The step under way does not count."""
@@ -103,10 +103,13 @@ class Reporter:
     def flush(self) -> dict[str, Any] | None:
         """Report the step under way, waiting for it. Returns what the loop decides by: step, loss, gradient_norm, skipped (how
         many in a row), row_numbers, and stop (whether a process was asked to)."""
-        if self.pending is None:
+        before, self.pending = self.pending, None
+        return self._report(before)
+
+    def _report(self, dispatched: tuple[int, Any, bool] | None) -> dict[str, Any] | None:
+        if dispatched is None:
             return None
-        step, metrics, update = self.pending
-        self.pending = None
+        step, metrics, update = dispatched
         metrics = self.fetch(metrics)
         speed = self.rate.step(self.tokens)
         loss = float(metrics["loss"])
@@ -119,8 +122,6 @@ class Reporter:
             "peak_fraction": speed * self.flops / self.peak,
         }
         logged = step % self.config.monitor.log_every == 0 or step == self.config.train.steps
-        left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
-        self.console.progress({**record, "seconds_left": left}, logged)
         numbers, skipped = self.batches.row_numbers(step - 1), int(metrics["skipped"]) if update else 0
         if self.ledger is not None:
             rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
@@ -128,6 +129,8 @@ class Reporter:
             self.ledger.append({"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows, **without})
         if logged and self.log is not None:
             self.log.write("train", {**record, **_routing(metrics)})
+        left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
+        self.console.progress({**record, "seconds_left": left}, logged)
         decisive = {name: record[name] for name in ("step", "loss", "gradient_norm")}
         return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), "stop": bool(metrics["stop"])}
 
@@ -166,12 +169,12 @@ def figures(result: dict[str, Any]) -> str:
     )
 
 
-def finished(run: RunDirectory, train: TrainConfig, step: int) -> dict[str, Any] | None:
-    """The result of a run that has nothing left to do at `step`."""
+def finished(run: RunDirectory, train: TrainConfig, step: int, progress: Progress) -> dict[str, Any] | None:
+    """The result of a run that has nothing left to do at `step`, where it has made this progress."""
     if not run.result.is_file():
         return None
     result = json.loads(run.result.read_text(encoding="utf-8"))
-    enough = step >= train.steps or (result["stopped_early"] and train.early_stopping > 0)
+    enough = step >= train.steps or progress.without_improvement(train.early_stopping)
     return result if result["step"] == step and enough else None
 
 

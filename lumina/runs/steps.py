@@ -21,6 +21,8 @@ from lumina.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+# Of errors in reading, these tell of the files; any other (EIO, ESTALE, EMFILE, ...) tells of the storage or the machine.
+DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 NUMBER = "0|[1-9][0-9]*"
 
 
@@ -89,7 +91,7 @@ class Steps:
     # ---------------------------------------------------------------------------------------------------- reading
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """What was recorded of the step; raises CheckpointError when that cannot be read or was changed."""
+        """What was recorded of the step; raises CheckpointError when it is missing or changed, OSError where storage fails."""
         path = self.directory(step) / MANIFEST
         try:
             _require_regular(path)
@@ -104,11 +106,16 @@ class Steps:
                 if not {"bytes", "sha256"} <= entry.keys():
                     raise ValueError(f"it has no size and hash of {name!r}")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            if isinstance(error, OSError) and error.errno not in DAMAGE:
+                raise
             raise CheckpointError(f"{path}: not a manifest that can be trusted ({_short(error)})") from error
         return body
 
     def verify(self, step: int, contents: bool = True) -> list[str]:
-        """What is wrong with the step, empty when nothing is: every file there, of its size and (`contents`) its hash."""
+        """What is wrong with the step, empty when nothing is: every file there, of its size and (`contents`) its hash.
+
+        Raises OSError where storage fails for now, which says nothing against the step.
+        """
         directory = self.directory(step)
         try:
             expected = self.manifest(step)["files"]
@@ -128,6 +135,8 @@ class Steps:
                 elif contents and _sha256(path) != entry["sha256"]:
                     wrong.append(f"{name}: its contents changed")
             except OSError as error:
+                if error.errno not in DAMAGE:
+                    raise
                 wrong.append(f"{name}: cannot be read ({error.strerror})")
         return wrong
 

@@ -7,6 +7,7 @@ import threading
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from lumina.config import CheckpointConfig
@@ -378,11 +379,12 @@ def test_orbax_failing_in_the_background_costs_one_checkpoint(opened, state, mon
     checkpoints = opened()
     checkpoints.save(state, 1)
 
-    def refuse():
+    def refuse(*arguments, **keywords):
         raise ValueError("RESOURCE_EXHAUSTED: no room\nand a long story")
 
-    monkeypatch.setattr(checkpoints.it._orbax, "wait_until_finished", refuse)
-    checkpoints.save(state, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "save", refuse)
+        checkpoints.save(state, 2)
     assert checkpoints.it.failure == "RESOURCE_EXHAUSTED: no room"
     assert checkpoints.steps == [1]
     checkpoints.save(state, 3)
@@ -454,3 +456,87 @@ def test_a_backup_that_fails_is_told_of_and_costs_nothing_else(opened, state, er
 def test_manifests_are_plain_json(saved):
     path = Steps(saved.run.checkpoints).directory(4) / "manifest.json"
     assert json.loads(path.read_text())["manifest"]["step"] == 4
+
+
+# ----------------------------------------------------------------------------------------- what says nothing against a step
+
+
+def test_a_machine_that_cannot_load_a_step_leaves_it_where_it_is(opened, state, monkeypatch):
+    opened().save(state, 1, 2)
+
+    def refuse(*arguments):
+        raise RuntimeError("RESOURCE_EXHAUSTED: another process has the memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lumina_jax.checkpoint._read", refuse)
+        with pytest.raises(RuntimeError, match="another process has the memory"):
+            opened().it.restore()
+    assert opened().steps == [1, 2]
+    assert_same_bits(opened().it.restore()[0], at(state, 2))
+
+
+def test_storage_that_fails_for_now_costs_no_checkpoint(opened, state, monkeypatch):
+    opened().save(state, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("lumina.runs.steps._sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+        with pytest.raises(OSError, match="I/O error"):
+            opened().it.restore()
+    assert opened().steps == [1]
+
+
+def test_a_rewind_goes_to_a_step_of_the_schedule_and_drops_later_ones(opened, state):
+    checkpoints = opened(every=5)
+    checkpoints.save(state, 5, 7, 8)  # a signal stopped it at 7 and 8; 5 stays although it is not among the newest two
+    assert checkpoints.steps == [5, 7, 8]
+    found, manifest = checkpoints.it.restore(scheduled=True)
+    assert manifest["step"] == 5
+    assert_same_bits(found, at(state, 5))
+    assert checkpoints.steps == [5]
+
+
+def test_a_rewind_before_the_first_step_of_the_schedule_begins_anew(opened, state):
+    checkpoints = opened(every=5)
+    checkpoints.save(state, 3)
+    assert checkpoints.it.restore(scheduled=True) is None
+    assert checkpoints.steps == []
+
+
+def test_the_best_stays_until_a_better_one_is_written(opened, state, monkeypatch):
+    checkpoints = opened(every=100)
+    checkpoints.save(state, 3, best=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Steps, "commit", lambda *arguments: (_ for _ in ()).throw(FULL))
+        checkpoints.save(state, 6, best=6)
+    checkpoints.save(state, 9, 12, 15, best=6)
+    assert checkpoints.steps == [3, 12, 15]
+
+
+def test_a_step_that_is_pinned_while_others_go_stays(opened, state, monkeypatch):
+    checkpoints, find = opened(every=100), Steps.superfluous
+
+    def pinning(self, best):
+        doomed = find(self, best)
+        for step in doomed:
+            self.pin(step)
+        return doomed
+
+    monkeypatch.setattr(Steps, "superfluous", pinning)
+    checkpoints.save(state, 1, 2, 3)
+    assert checkpoints.steps == [1, 2, 3]
+
+
+def test_an_end_does_not_wait_for_a_backup_unless_told_to(opened, state):
+    may_end, made = threading.Event(), []
+
+    def backup(step):
+        may_end.wait(60)
+        made.append(step)
+        return step
+
+    checkpoints = opened(backup=backup)
+    checkpoints.save(state, 1)
+    checkpoints.it.close()
+    assert made == []
+    may_end.set()
+    checkpoints.it.close(wait_for_backup=True)
+    assert made == [1]

@@ -621,7 +621,7 @@ def test_differences_are_told_field_by_field_and_from_which_step(run, lumina):
     for words in (
         "config: differs in 2 fields",
         "optim.learning_rate: 0.0003 / 0.5\n",
-        "train.steps: 60 / 40 (decides no number)",
+        "train.steps: 60 / 40 (may change)",
         "data: dddddddddddd / eeeeeeeeeeee",
         "a to step 60, b to 40; 40 in both, the same to 32",
         "loss bits differ first at step 33, in all at step 33",

@@ -41,6 +41,9 @@ class Stream:
         return np.arange(start, stop, dtype=np.int32)
 
 
+EVERY = 3  # steps between checkpoints
+
+
 class Saving:
     """Checkpoints in memory."""
 
@@ -59,7 +62,8 @@ class Saving:
         if step not in self.kept:
             raise CheckpointError(f"step {step} could not be written")
 
-    def restore(self):
+    def restore(self, scheduled=False):
+        self.kept = {step: kept for step, kept in self.kept.items() if not (scheduled and step % EVERY)}
         return self.kept[max(self.kept)] if self.kept else None
 
 
@@ -71,7 +75,7 @@ class World:
         self.saving = Saving(self.said)
         self.config = Config()
         self.config.data.sequence_length, self.config.train.batch_size, self.config.train.steps = T, 2, 8
-        self.config.train.eval_every, self.config.checkpoint.every, self.config.guard.hang_seconds = 0, 3, 0
+        self.config.train.eval_every, self.config.checkpoint.every, self.config.guard.hang_seconds = 0, EVERY, 0
         self.config.monitor.log_every, self.config.monitor.tensorboard = 1, False
         self.stream, self.processes, self.writes = Stream(), 1, True
         self.losses = {}  # of the batch that a step reads; 1 / step otherwise
@@ -454,6 +458,39 @@ def test_a_rewind_beyond_a_change_of_batch_size_reads_no_row_twice(world):
 
 
 # ------------------------------------------------------------------------------------------------------- what fails
+
+
+def test_an_error_in_a_step_that_is_to_be_evaluated_saves_nothing_as_the_evaluation_would_be_left_out(world):
+    evaluate, world.evaluate = world.evaluate, lambda state, alive: fail(RuntimeError("no memory to evaluate"))()
+    with pytest.raises(RuntimeError, match="no memory to evaluate"):
+        world.go(train__eval_every=4)
+    assert max(world.saving.kept) == 3
+    world.evaluate = evaluate
+    assert world.go() == "finished"
+    assert [step for what, step in world.said if what == "evaluate"] == [4, 8]
+
+
+class Closing(io.StringIO):
+    """Output whose reader goes away after some writes."""
+
+    left = 3
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise BrokenPipeError
+        return super().write(text)
+
+
+def test_a_reader_that_goes_away_stops_the_run_with_all_saved_and_told_in_the_ledger(world):
+    world.stderr = Closing()
+    assert world.go(monitor__log_every=1) == "stopped"
+    stopped = max(world.saving.kept)
+    assert stopped < 8
+    assert [record["step"] for record in read_json_lines(world.run.ledger) if "loss" in record] == list(range(1, stopped + 1))
+    world.stderr = io.StringIO()
+    assert world.go() == "finished"
+    assert world.last.rows == world.rows(16)
 
 
 def test_an_error_saves_the_state_and_is_raised(world):

@@ -21,6 +21,7 @@ from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal, read_json_lines
 from lumina.runs.metrics import MetricsLog
+from lumina.runs.progress import Progress
 
 TEXT = "".join(f"line {i * i}\n" for i in range(2000)).encode()
 
@@ -45,6 +46,7 @@ def test_compressors_work_as_hard_as_they_can():
         ({"step": 8, "stopped_early": False}, 8, 10, 0, False),  # more steps were asked for
         ({"step": 8, "stopped_early": False}, 10, 10, 0, False),  # went on, and ended before its result was written
         ({"step": 8, "stopped_early": True}, 8, 20, 3, True),
+        ({"step": 8, "stopped_early": True}, 8, 20, 5, False),  # with more patience
         ({"step": 8, "stopped_early": True}, 8, 20, 0, False),  # early stopping was switched off
         (None, 8, 8, 0, False),
     ],
@@ -53,7 +55,8 @@ def test_a_run_is_finished_when_its_result_is_of_its_last_step(tmp_path, result,
     run = RunDirectory(tmp_path)
     if result:
         run.result.write_text(json.dumps(result))
-    found = report.finished(run, TrainConfig(steps=steps, early_stopping=early_stopping), step)
+    progress = Progress(evaluations_without_improvement=3)
+    found = report.finished(run, TrainConfig(steps=steps, early_stopping=early_stopping), step, progress)
     assert found == (result if is_finished else None)
 
 

@@ -336,10 +336,12 @@ def test_what_is_no_file_in_place_of_the_manifest_is_found(steps, make):
     assert "manifest.json: not a manifest that can be trusted" in "".join(steps.verify(7))
 
 
-def test_a_file_that_cannot_be_read_is_named(steps, monkeypatch):
+@pytest.mark.parametrize("function", ["_sha256", "_require_regular"])
+def test_storage_that_fails_says_nothing_against_a_step(steps, monkeypatch, function):
     write(steps, 7)
-    monkeypatch.setattr(module, "_sha256", fails)
-    assert "weights: cannot be read (I/O error)" in steps.verify(7)
+    monkeypatch.setattr(module, function, fails)
+    with pytest.raises(OSError, match="I/O error"):
+        steps.verify(7)
 
 
 def test_a_step_that_is_not_there_does_not_verify(steps):
