@@ -277,29 +277,22 @@ MUTANTS = [
     Mutant(
         "damaged checkpoints alone begin anew",
         "lumina_jax/checkpoint.py",
-        "if self._agreed(self.steps.broken() != []):",
+        "if not scheduled and agreed(self.steps.broken() != []):",
         "if False:",
         CHECKPOINT,
     ),
     Mutant(
         "restored values not compared with the saved ones",
         "lumina_jax/checkpoint.py",
-        '                wrong = _damaged(named, manifest["leaves"])\n',
-        "                wrong = []\n",
+        '            wrong = _damaged(named, manifest["leaves"])\n',
+        "            wrong = []\n",
         CHECKPOINT,
     ),
     Mutant(
         "the best checkpoint goes with the old ones",
         "lumina_jax/checkpoint.py",
-        "self.steps.superfluous(best)",
+        "self.steps.superfluous(self._best)",
         "self.steps.superfluous(None)",
-        CHECKPOINT,
-    ),
-    Mutant(
-        "saved while the next step writes into it",
-        "lumina_jax/checkpoint.py",
-        "            self._orbax.wait_until_finished()\n            if not self._writes:",
-        "            if not self._writes:",
         CHECKPOINT,
     ),
     Mutant(
@@ -417,9 +410,30 @@ MUTANTS = [
     Mutant(
         "a changed config accepted",
         "lumina/runs/directory.py",
-        "if changed and not accept:",
-        "if False:",
+        "if changed and not accept:\n            raise ConfigError(",
+        "if False:\n            raise ConfigError(",
         "lumina/runs/test_directory.py",
+    ),
+    Mutant(
+        "storage that fails for now taken for damage",
+        "lumina/runs/steps.py",
+        "                if error.errno not in DAMAGE:\n                    raise\n",
+        "",
+        "lumina/runs/test_steps.py",
+    ),
+    Mutant(
+        "a rewind to wherever the run was stopped",
+        "lumina_jax/checkpoint.py",
+        "if scheduled and step % self._config.every:",
+        "if False:",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "an error saves a step without its evaluation",
+        "lumina/runs/loop.py",
+        "if self._due(self.config.train.eval_every) and self.progress.last_step != self.step:",
+        "if False:",
+        LOOP,
     ),
 ]
 

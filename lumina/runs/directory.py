@@ -14,8 +14,8 @@ from lumina.config import Config, from_dict, save, to_dict
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.journal import Journal
 
-# Fields that may differ when a run goes on: they change no number that an earlier step has produced, and no later one but by
-# rounding.
+# Fields that may differ when a run goes on: later numbers change by no more than rounding. But for train.steps, which stretches
+# the schedule of the learning rate, and for checkpoint.every and guard.max_*, which decide where a rewind goes and how often.
 MAY_CHANGE = (
     "train.steps",
     "train.micro_batches",
