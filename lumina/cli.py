@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     params.set_defaults(run=_params)
 
     sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
-    sample.add_argument("run_directory", metavar="RUN", type=Path)
+    sample.add_argument("run_directory", metavar="RUN", type=Path, help="a run directory")
     sample.add_argument("--prompt", default="", help="text to continue; without one a new document begins")
     sample.add_argument("--max-tokens", type=int, help="new tokens (default: 200, or what fits)")
     sample.add_argument("--samples", type=int, default=1, help="continuations, with seeds one after another")

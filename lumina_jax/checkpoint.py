@@ -3,6 +3,7 @@
 A step's directory holds `state/`, the arrays by name, and the manifest, which has for each array shape, dtype and digest.
 """
 
+import logging
 import queue
 import re
 import shutil
@@ -25,6 +26,8 @@ from lumina.runs.units import gib
 from lumina_jax.digest import digests
 from lumina_jax.mesh import agreed, in_any, own_copy
 from lumina_jax.step import TrainState
+
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, once in each thread
 
 Record = dict[str, Any]  # what the manifest says of a step: progress, ledger, fingerprints, leaves
 
@@ -291,7 +294,7 @@ def why(error: Exception) -> str:
     text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror + (f": {error.filename}" if error.filename else "")
-    elif said := re.findall(r"OS error \d+: \w* ?([^\]]+)", text):
-        text = said[-1]
+    elif said := re.search(r"([^:]+) \[os_error_code=", text):
+        text = said[1].strip()
     text = text.splitlines()[0]
     return text if len(text) < 200 else text[:200] + "..."

@@ -285,7 +285,10 @@ def verify(run: RunDirectory, begins: Callable[[int, int], None] = lambda step, 
     data = run.ledger.read_bytes() if run.ledger.is_file() else b""
     lines = parse_lines(data)
     state = read_ledger(lines.records)[0]
-    yield _finding("ledger.jsonl", _wrong_lines(lines, training) + state.wrong(), f"{state.last:,} steps, whole and in order")
+    wrong = _wrong_lines(lines, training) + state.wrong()
+    if manifest is not None and state.last < manifest["step"]:
+        wrong.append(f"ends before checkpoint {manifest['step']}")
+    yield _finding("ledger.jsonl", wrong, f"{state.last:,} steps, whole and in order")
     if manifest is not None:
         yield Finding("ledger.jsonl", *_prefix(data, manifest))
     metrics = read_lines(run.metrics)

@@ -15,7 +15,7 @@ from lumina.errors import CheckpointError
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
-from lumina_jax.checkpoint import Checkpoints, by_name, load, parameters_digest
+from lumina_jax.checkpoint import Checkpoints, by_name, load, parameters_digest, why
 from lumina_jax.digest import digests
 from lumina_jax.mesh import one_device, shaped_whole, whole
 from lumina_jax.step import init_state, state_shapes
@@ -540,3 +540,9 @@ def test_an_end_does_not_wait_for_a_backup_unless_told_to(opened, state):
     may_end.set()
     checkpoints.it.close(wait_for_backup=True)
     assert made == [1]
+
+
+def test_a_long_error_of_the_disk_is_told_in_its_own_words():
+    long = 'OUT_OF_RANGE: Error writing "a/0" at local file "/x:y/": Failed to write 7 bytes to file 14: File too large'
+    assert why(ValueError(f"{long} [os_error_code='27']")) == "File too large"
+    assert why(OSError(errno.ENOSPC, "No space left on device", "/x")) == "No space left on device: /x"

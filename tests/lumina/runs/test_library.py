@@ -446,6 +446,13 @@ def test_a_ledger_that_is_not_as_the_newest_checkpoint_recorded_it_is_told(run):
     assert failures(run) == set()
 
 
+def test_a_ledger_that_ends_before_the_newest_checkpoint_is_told(tmp_path):
+    run = train(tmp_path / "r", until=60)
+    steps = Steps(run.checkpoints)
+    commit(steps, 62, {"progress": {"best_step": 20}, "ledger": Journal(run.ledger, print).position()})
+    assert "ends before checkpoint 62" in "".join(each.says for each in library.verify(run) if not each.well)
+
+
 def test_a_manifest_without_the_ledgers_position_is_told(run):
     for position in (None, {"bytes": -1, "sha256": ""}, {}):
         rewrite_manifest(run.checkpoints / "60", lambda body, position=position: body.update(ledger=position))
