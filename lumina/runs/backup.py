@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
 import os
 import re
 import secrets
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple
 from lumina.config import CheckpointConfig
 from lumina.errors import CheckpointError, UsageError
 from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import whole_lines
 from lumina.runs.steps import MANIFEST, Steps, sync_directory
 from lumina.runs.units import gib
 
@@ -160,8 +160,8 @@ def _members(run: RunDirectory, step: int) -> Iterator[_Member]:
     manifest = steps.manifest(step)
     fixed = [run.config, run.data, *sorted(path for path in run.tokenizer.rglob("*") if path.is_file())]
     small = {path.relative_to(run.path).as_posix(): path.read_bytes() for path in fixed}
-    small["metrics.jsonl"] = _lines(run.metrics, step)
-    small["events.jsonl"] = _lines(run.events)
+    small["metrics.jsonl"] = b"".join(whole_lines(run.metrics, step))
+    small["events.jsonl"] = b"".join(whole_lines(run.events))
     small[f"checkpoints/{step}/{MANIFEST}"] = (steps.directory(step) / MANIFEST).read_bytes()
     for name, data in small.items():
         yield _Member(name, data, len(data))
@@ -173,19 +173,6 @@ def _members(run: RunDirectory, step: int) -> Iterator[_Member]:
     for name, entry in manifest["files"].items():
         path = steps.directory(step) / name
         yield _Member(f"checkpoints/{step}/{name}", path, entry["bytes"], entry["sha256"])
-
-
-def _lines(path: Path, step: int | None = None) -> bytes:
-    """The whole lines of a journal, up to a step."""
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            if line.endswith(b"\n") and (step is None or record["step"] <= step):
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return b"".join(kept)
 
 
 def _identity(run: RunDirectory) -> str:

@@ -16,6 +16,7 @@ from lumina.errors import CheckpointError, ConfigError, LuminaError, UsageError
 from lumina.runs import library
 from lumina.runs.console import printable, table
 from lumina.runs.directory import MAY_CHANGE, RunDirectory
+from lumina.runs.journal import finite
 from lumina.runs.ledger import LedgerVerdict, compare_ledgers, spans
 from lumina.runs.lock import RunLock
 from lumina.runs.steps import Steps
@@ -400,16 +401,7 @@ def _table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> None:
 
 
 def _print_json(values: Any) -> None:
-    print(json.dumps(_finite(values), indent=2))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null, such as a diverged run's losses."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(finite(values), indent=2))
 
 
 def _decimal(value: float | None) -> str:

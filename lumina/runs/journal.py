@@ -26,7 +26,7 @@ class Journal:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add one line. A number that is not finite becomes null: JSON has no other word for it."""
-        line = json.dumps(_finite(record), allow_nan=False).encode() + b"\n"
+        line = json.dumps(finite(record), allow_nan=False).encode() + b"\n"
         self._hash.update(line)
         self._bytes += len(line)
         self._lost += len(self._waiting) == WAITING
@@ -40,7 +40,7 @@ class Journal:
         self._trimmed = False
         kept: list[bytes] = []
         try:
-            kept = _kept(self.path, self._step)
+            kept = whole_lines(self.path, self._step)
             _shorten(self.path, kept)
             self._trimmed, self._step = True, None
         except OSError as error:
@@ -94,17 +94,18 @@ class Journal:
         self._refused = True
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that are not finite, such as a diverged run's losses: JSON has no word for them."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def trim_after(path: Path, step: int | None = None) -> list[bytes]:
     """Drop the records of steps after `step` and lines that are not whole; returns the lines that stay."""
-    kept = _kept(path, step)
+    kept = whole_lines(path, step)
     _shorten(path, kept)
     return kept
 
@@ -129,10 +130,11 @@ def _shorten(path: Path, kept: list[bytes]) -> None:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All whole records of a journal."""
-    return [json.loads(line) for line in _kept(path, None)]
+    return [json.loads(line) for line in whole_lines(path)]
 
 
-def _kept(path: Path, step: int | None) -> list[bytes]:
+def whole_lines(path: Path, step: int | None = None) -> list[bytes]:
+    """The lines of a journal that are whole, of steps up to `step`."""
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     return [line for line in lines if _is_record(line, step)]
 
