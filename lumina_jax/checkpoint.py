@@ -183,22 +183,28 @@ class Checkpoints:
             if not in_any(bool(wrong)):
                 return jax.tree.unflatten(jax.tree.structure(self._like), named.values()), manifest
             self._set_aside(step, wrong or ["another process reads other values"])
-        if not scheduled and agreed(self.steps.broken() != []):
+        if agreed(self.steps.broken() != []):
+            what = "no checkpoint to rewind to" if scheduled else "no checkpoint"
             raise CheckpointError(
-                f"{self.steps.path}: no checkpoint is whole, {len(self.steps.broken())} were set aside (broken-*); restore a "
+                f"{self.steps.path}: {what} is whole, {len(self.steps.broken())} were set aside (broken-*); restore a "
                 "backup, rename back what was not at fault, or move them away to begin again at step 0"
             )
         return None
 
     def _newest_verified(self, scheduled: bool) -> int | None:
+        found = None
         for step in reversed(self.steps.all() if self._writes else []):
             if scheduled and step % self._config.every:
-                self.steps.remove([step])
-            elif wrong := self.steps.verify(step):
+                continue
+            if wrong := self.steps.verify(step):
                 self._set_aside(step, wrong)
-            else:
-                return step
-        return None
+                continue
+            found = step
+            break
+        # Only now, and not when what was looked for is damaged, may newer steps go: they may be all that is left.
+        if self._writes and scheduled and (found is not None or not self.steps.broken()):
+            self.steps.remove(step for step in self.steps.all() if found is None or step > found)
+        return found
 
     def _scheduled(self) -> int | None:
         """The step that a rewind would go to."""

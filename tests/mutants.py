@@ -277,7 +277,7 @@ MUTANTS = [
     Mutant(
         "damaged checkpoints alone begin anew",
         "lumina_jax/checkpoint.py",
-        "if not scheduled and agreed(self.steps.broken() != []):",
+        "if agreed(self.steps.broken() != []):",
         "if False:",
         CHECKPOINT,
     ),

@@ -501,6 +501,16 @@ def test_a_rewind_before_the_first_step_of_the_schedule_begins_anew(opened, stat
     assert checkpoints.steps == []
 
 
+def test_a_rewind_whose_step_is_damaged_is_refused_and_deletes_nothing(opened, state):
+    checkpoints = opened(every=5)
+    checkpoints.save(state, 5, 7)
+    damage(checkpoints.run, 5)
+    with pytest.raises(CheckpointError, match="no checkpoint to rewind to is whole"):
+        checkpoints.it.restore(scheduled=True)
+    assert checkpoints.steps == [7]
+    assert_same_bits(opened().it.restore()[0], at(state, 7))
+
+
 def test_the_best_stays_until_a_better_one_is_written(opened, state, monkeypatch):
     checkpoints = opened(every=100)
     checkpoints.save(state, 3, best=3)
