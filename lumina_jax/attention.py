@@ -3,7 +3,6 @@
 B rows, T query positions, S key positions, D model width, H query heads, K key/value heads, G = H / K, h head width.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lumina.config import ModelConfig
+from lumina_jax.attend import attend, attend_chunk
 
 
 class Cache(NamedTuple):
@@ -48,48 +48,6 @@ def rotary(x_BTNh: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x_BTNh.astype(wide), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNh.dtype)
-
-
-def attend_chunk(q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS, offset=0):
-    """Query t, at index offset + t, sees the keys at or before its index that are in its segment. Softmax in float32.
-
-    Returns [B, T, H, h] in q's dtype. The R = G T queries of a key head are the rows of one matrix product, and the sum of
-    the softmax is divided out after the values are mixed: measured, half the time of the plain form on CPU.
-    """
-    B, T, H, h = q_BTHh.shape
-    S, K = k_BSKh.shape[1:3]
-    G, wide = H // K, jnp.promote_types(q_BTHh.dtype, jnp.float32)
-    q_BKRh = q_BTHh.reshape(B, T, K, G, h).transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, h)
-    scores_BKRS = jnp.einsum("bkrh,bskh->bkrs", q_BKRh, k_BSKh, preferred_element_type=wide) / math.sqrt(h)
-    causal_TS = offset + jnp.arange(T)[:, None] >= jnp.arange(S)[None, :]
-    visible_BTS = causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
-    scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKRS.reshape(B, K, G, T, S), jnp.finfo(wide).min)
-    largest_BKGT1 = jax.lax.stop_gradient(jnp.max(scores_BKGTS, axis=-1, keepdims=True))
-    weights_BKGTS = jnp.exp(scores_BKGTS - largest_BKGT1)  # a query sees itself, so what it must not see becomes 0
-    total_BKGT1 = jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
-    weights_BKRS = weights_BKGTS.astype(v_BSKh.dtype).reshape(B, K, G * T, S)
-    mixed_BKRh = jnp.einsum("bkrs,bskh->bkrh", weights_BKRS, v_BSKh, preferred_element_type=wide)
-    mixed_BKGTh = mixed_BKRh.reshape(B, K, G, T, h) / total_BKGT1
-    return mixed_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q_BTHh.dtype)
-
-
-def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT):
-    """`attend_chunk` of a whole row, in chunks of queries, each against only the keys that it may see.
-
-    Up to 16 chunks; each recomputes its scores in the backward pass, so that no [T, T] array outlives it.
-    """
-    T = q_BTHh.shape[1]
-    chunk = max(128, -(-T // 16))
-    if chunk >= T:
-        return attend_chunk(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
-    piece = jax.checkpoint(attend_chunk, static_argnums=(5,))
-    return jnp.concatenate(
-        [
-            piece(q_BTHh[:, a:b], k_BTKh[:, :b], v_BTKh[:, :b], segments_BT[:, a:b], segments_BT[:, :b], a)
-            for a, b in ((a, min(a + chunk, T)) for a in range(0, T, chunk))
-        ],
-        axis=1,
-    )
 
 
 class Attention(nnx.Module):

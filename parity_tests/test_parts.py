@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lumina.config import Config, ModelConfig, OptimConfig, TrainConfig
-from lumina_jax.attention import RMSNorm, attend
+from lumina_jax.attend import attend
+from lumina_jax.attention import RMSNorm
 from lumina_jax.loss import cross_entropy
 from lumina_jax.model import by_canonical_name, create
 from lumina_jax.optimizer import decay_mask, make_optimizer, schedule

@@ -10,7 +10,8 @@ from flax import nnx
 
 from lumina.architecture import block_tensors
 from lumina.config import ModelConfig
-from lumina_jax.attention import Attention, Cache, RMSNorm, attend, rotary
+from lumina_jax.attend import attend
+from lumina_jax.attention import Attention, Cache, RMSNorm, rotary
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 
