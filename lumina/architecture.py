@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lumina.config import Config, ModelConfig, layer_pattern
+from lumina.config import Config, MoDConfig, ModelConfig, layer_pattern
 
 
 class Segment(NamedTuple):
@@ -111,8 +111,9 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
         table += [norm("attention.query_norm.scale", h, "head"), norm("attention.key_norm.scale", h, "head")]
     table.append(norm("feedforward_norm.scale", d, "embed"))
     if kind.startswith("moe"):
-        table.append(matrix("moe.router", (d, experts), "embed expert", d))
-        table.append(Tensor("moe.bias", (experts,), ("expert",), std=None, trained=False))
+        choices = experts + model.moe.noop_experts
+        table.append(matrix("moe.router", (d, choices), "embed expert", d))
+        table.append(Tensor("moe.bias", (choices,), ("expert",), std=None, trained=False))
         table += feedforward("moe.experts", f, (experts,), "expert")
         if model.moe.shared_experts:
             table += feedforward("moe.shared", f * model.moe.shared_experts)
@@ -121,6 +122,10 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
     if kind.endswith("+mod"):
         table.append(matrix("mod.router", (d,), "embed", d))
         table.append(Tensor("mod.bias", (), (), std=None))
+        if width := model.mod.predictor_width:
+            table.append(matrix("mod.predictor.hidden", (d, width), "embed mlp", d))
+            table.append(matrix("mod.predictor.output", (width,), "mlp", width))
+            table.append(Tensor("mod.predictor.bias", (), (), std=None))
     return table
 
 
@@ -150,15 +155,36 @@ def capacity(tokens: int, fraction: float) -> int:
 
 def expert_capacity(model: ModelConfig, tokens: int) -> int:
     """C: slots that one expert has in a row of `tokens`."""
-    return capacity(tokens, model.moe.top_k * model.moe.capacity_factor / model.moe.num_experts)
+    moe = model.moe
+    return capacity(tokens, moe.top_k * moe.capacity_factor / (moe.num_experts + moe.noop_experts))
+
+
+ANNEAL_STAGES = 8  # falls of an annealed capacity; each is compiled anew, so that its work is really skipped
+
+
+def depth_capacity_at(mod: MoDConfig, step: int) -> float:
+    """The share of tokens that a Mixture-of-Depths layer takes in training step `step`, counted from 0."""
+    if step >= mod.anneal_steps:
+        return mod.capacity
+    stage = step * ANNEAL_STAGES // mod.anneal_steps
+    return mod.start_capacity + (mod.capacity - mod.start_capacity) * stage / ANNEAL_STAGES
+
+
+def skippable(name: str, mod: MoDConfig) -> bool:
+    """Whether a token that a Mixture-of-Depths layer skips passes by the tensor `name`."""
+    inner = (".feedforward.", ".moe.") + ((".attention.", ".feedforward_norm.") if mod.scope == "block" else ())
+    return any(part in name for part in inner)
 
 
 def use_of(tensor: Tensor, kind: str, model: ModelConfig, tokens: int) -> tuple[float, float]:
     """The share of `tensor` that a token multiplies with: (the mean token, a token that no layer skips)."""
-    most = model.moe.top_k / model.moe.num_experts if ".experts." in tensor.name else 1.0
-    skippable = ".feedforward." in tensor.name or ".moe." in tensor.name
-    mean = capacity(tokens, model.mod.capacity) / tokens if skippable and kind.endswith("+mod") else 1.0
-    return most * mean, most
+    moe, mean, most = model.moe, 1.0, 1.0
+    if ".experts." in tensor.name:
+        most = moe.top_k / moe.num_experts
+        mean = moe.top_k / (moe.num_experts + moe.noop_experts)
+    if kind.endswith("+mod") and skippable(tensor.name, model.mod):
+        mean *= capacity(tokens, model.mod.capacity) / tokens
+    return mean, most
 
 
 class Counts(NamedTuple):
@@ -188,8 +214,11 @@ def counts(config: Config) -> Counts:
             flops += 2 * tensor.size * mean_use
     if model.tie_embeddings:
         flops += 2 * model.d_model * model.vocab_size
-    # Scores and weighted values over the (T + 1) / 2 keys that the mean query sees.
-    flops += model.num_layers * 2 * 2 * model.num_heads * model.head_dim * (tokens + 1) / 2
+    # Scores and weighted values: N queries see (N + 1) / 2 keys each in the mean, N being T or those that a block takes.
+    for kind in kinds:
+        routed = kind.endswith("+mod") and model.mod.scope == "block"
+        queries = capacity(tokens, model.mod.capacity) if routed else tokens
+        flops += 2 * 2 * model.num_heads * model.head_dim * queries * (queries + 1) / 2 / tokens
     return Counts(round(total), round(most), round(mean), round(flops), 3 * round(flops))
 
 
@@ -236,7 +265,8 @@ def memory(config: Config) -> Memory:
         if kind.startswith("moe"):
             slots = model.moe.num_experts * expert_capacity(model, selected) / selected
             feedforward = slots * (3 * d + 5 * f) + model.moe.top_k * d + model.moe.shared_experts * 5 * f
-        per_layer.append(rows * tokens * width * (attention + 3 * d + share * feedforward))
+        attended = share if model.mod.scope == "block" else 1.0
+        per_layer.append(rows * tokens * width * (attended * attention + 3 * d + share * feedforward))
         wide.append(rows * tokens * width * share * slots * 3 * f)  # gradients of hidden, gate and up
     residual = rows * tokens * d * width
     kept = sum(per_layer) if not config.train.remat else residual * model.num_layers + max(per_layer)

@@ -30,7 +30,7 @@ class MoEConfig:
     pattern: str = "none"  # which layers: all, none, interleaved, every_N, sandwich, or a list such as 1,3,5
     num_experts: int = 8  # E
     top_k: int = 1  # experts a token
-    capacity_factor: float = 1.25  # training only: slots an expert has in a row, times T * top_k / E
+    capacity_factor: float = 1.25  # capacity dispatch: slots an expert has in a row, times T * top_k / E
     score: str = "softmax"  # softmax or sigmoid over the router logits
     temperature: float = 1.0  # router logits are divided by it
     jitter: float = 0.0  # training only: router inputs are multiplied by uniform noise in 1 +- jitter
@@ -39,15 +39,29 @@ class MoEConfig:
     balance_weight: float = 0.01  # load-balance loss, averaged over layers; uniform load is 1
     z_weight: float = 0.001  # mean of logsumexp(router logits)^2
     bias_rate: float = 0.0  # loss-free balancing: step of the selection bias after each optimizer step; 0 is off
+    dispatch: str = "capacity"  # in training: capacity (what is beyond it is dropped) or dropless; evaluation never drops
+    renormalise: bool = True  # gates sum to route_scale over the chosen; never at top_k = 1, where they would be constant
+    noop_experts: int = 0  # further choices that do no work: a token decides its own depth, without seeing the future
+    num_groups: int = 1  # group-limited choice: the experts in this many equal groups,
+    top_groups: int = 1  # of which a token chooses from the best so many only
+    balance_over: str = (
+        "row"  # load in the balance loss is that of a row, micro_batch, or batch (of several: a third more work)
+    )
+    grouped_form: str = "auto"  # of the dropless matrix products: auto, blocks or ragged
 
 
 @dataclass(unsafe_hash=True)
 class MoDConfig:
-    """Mixture-of-Depths around the feed-forward: only some tokens of a row take it."""
+    """Mixture-of-Depths: only some tokens of a row take a layer."""
 
     pattern: str = "none"  # which layers, as in moe.pattern
     capacity: float = 0.75  # c: fraction of a row's tokens that the layer works on in training
     predictor_weight: float = 0.1  # binary cross-entropy that teaches the causal decision, gate > 0.5
+    scope: str = "ffn"  # what the others skip: ffn (the feed-forward, dense or MoE) or block (attention as well)
+    start_capacity: float = 1.0  # capacity of the first step, where it is annealed
+    anneal_steps: int = 0  # steps over which capacity falls from start_capacity, in 8 stages, each compiled; 0 is fixed
+    predictor_width: int = 0  # hidden width of a predictor apart from the router for the causal decision; 0 is the router's own
+    router: str = "learned"  # learned, or random: the control in experiments, in which nothing learns what to take
 
 
 @dataclass(unsafe_hash=True)
@@ -69,6 +83,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # inside the root of RMSNorm
     dropout: float = 0.0  # training only: on each residual branch
     embedding_std: float = 0.02  # of the embedding's normal initialiser; matrices take 1 / sqrt(fan in)
+    attention_form: str = "auto"  # of the inner attention: auto, chunked, reference, cudnn or splash
     moe: MoEConfig = field(default_factory=MoEConfig)
     mod: MoDConfig = field(default_factory=MoDConfig)
 
@@ -228,7 +243,7 @@ def validate(config: Config) -> Config:
     m, moe, mod, d, o, t = config.model, config.model.moe, config.model.mod, config.data, config.optim, config.train
     at_least_1 = {
         "model": (m, "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"),
-        "model.moe": (moe, "num_experts top_k"),
+        "model.moe": (moe, "num_experts top_k num_groups top_groups"),
         "data": (d, "sequence_length"),
         "optim": (o, "restarts"),
         "train": (t, "steps batch_size micro_batches"),
@@ -238,8 +253,8 @@ def validate(config: Config) -> Config:
     }
     at_least_0 = {
         "model": (m, "embedding_std norm_eps"),
-        "model.moe": (moe, "jitter shared_experts balance_weight z_weight bias_rate"),
-        "model.mod": (mod, "predictor_weight"),
+        "model.moe": (moe, "jitter shared_experts balance_weight z_weight bias_rate noop_experts"),
+        "model.mod": (mod, "predictor_weight anneal_steps predictor_width"),
         "optim": (o, "learning_rate warmup_steps weight_decay clip_norm"),
         "data": (d, "workers"),
         "train": (t, "seed eval_every eval_rows early_stopping"),
@@ -261,7 +276,13 @@ def validate(config: Config) -> Config:
             _require(getattr(part, name) > 0, f"{prefix}.{name}", getattr(part, name), "must be above 0")
     for prefix, part, name, choices in (
         ("model", m, "activation", ("swiglu", "geglu")),
+        ("model", m, "attention_form", ("auto", "chunked", "reference", "cudnn", "splash")),
         ("model.moe", moe, "score", ("softmax", "sigmoid")),
+        ("model.moe", moe, "dispatch", ("capacity", "dropless")),
+        ("model.moe", moe, "balance_over", ("row", "micro_batch", "batch")),
+        ("model.moe", moe, "grouped_form", ("auto", "blocks", "ragged")),
+        ("model.mod", mod, "scope", ("ffn", "block")),
+        ("model.mod", mod, "router", ("learned", "random")),
         ("optim", o, "schedule", SCHEDULES),
         ("train", t, "compute_dtype", ("float32", "bfloat16")),
         ("guard", config.guard, "spike_action", ("skip", "rewind")),
@@ -280,7 +301,34 @@ def validate(config: Config) -> Config:
     _require(
         moe.top_k <= moe.num_experts, "model.moe.top_k", moe.top_k, f"must be at most model.moe.num_experts = {moe.num_experts}"
     )
-    _require(0 < mod.capacity <= 1, "model.mod.capacity", mod.capacity, "must be above 0 and at most 1")
+    _require(
+        moe.num_experts % moe.num_groups == 0,
+        "model.moe.num_groups",
+        moe.num_groups,
+        f"must divide model.moe.num_experts = {moe.num_experts}",
+    )
+    _require(
+        moe.top_groups <= moe.num_groups,
+        "model.moe.top_groups",
+        moe.top_groups,
+        f"must be at most {moe.num_groups}, the num_groups",
+    )
+    within = moe.top_groups * (moe.num_experts // moe.num_groups)
+    _require(moe.top_k <= within, "model.moe.top_k", moe.top_k, f"must be at most {within}, the experts in top_groups groups")
+    _require(
+        moe.num_groups == 1 or moe.noop_experts == 0,
+        "model.moe.noop_experts",
+        moe.noop_experts,
+        "must be 0 with num_groups above 1, as no-op experts belong to no group",
+    )
+    for name, value in (("capacity", mod.capacity), ("start_capacity", mod.start_capacity)):
+        _require(0 < value <= 1, f"model.mod.{name}", value, "must be above 0 and at most 1")
+    _require(
+        mod.router == "learned" or mod.predictor_width == 0,
+        "model.mod.predictor_width",
+        mod.predictor_width,
+        "must be 0 with model.mod.router = random, which leaves nothing to predict",
+    )
     _require(moe.jitter < 1, "model.moe.jitter", moe.jitter, "must be below 1")
     _require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be from 0 to below 1")
     _require(d.sequence_length >= 2, "data.sequence_length", d.sequence_length, "must be at least 2")

@@ -11,14 +11,25 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lumina.config import ModelConfig
-from lumina_jax.attend import attend, attend_chunk
+from lumina_jax.attend import attend, attend_cached
 
 
 class Cache(NamedTuple):
-    """Keys and values of one layer, already rotated, for positions 0 to S - 1."""
+    """Keys and values of one layer, already rotated, of the tokens that took it: those of row b are at 0 to length[b] - 1."""
 
     keys: jax.Array  # [B, S, K, h]
     values: jax.Array  # [B, S, K, h]
+    length: jax.Array  # [B] int32
+
+    def append(self, keys_BTKh, values_BTKh, written_BT) -> tuple["Cache", jax.Array]:
+        """The cache after the tokens that are written, in order, and the last place that each token may see [B, T]."""
+        S = self.keys.shape[1]
+        last_BT = self.length[:, None] + jnp.cumsum(written_BT, axis=1, dtype=jnp.int32) - 1
+        place_BT = jnp.where(written_BT, last_BT, S)  # out of range: not written
+        rows_B1 = jnp.arange(self.keys.shape[0])[:, None]
+        keys = self.keys.at[rows_B1, place_BT].set(keys_BTKh.astype(self.keys.dtype), mode="drop")
+        values = self.values.at[rows_B1, place_BT].set(values_BTKh.astype(self.values.dtype), mode="drop")
+        return Cache(keys, values, last_BT[:, -1] + 1), last_BT
 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
@@ -60,8 +71,9 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(param("attention.query_norm.scale"), model.norm_eps)
             self.key_norm = RMSNorm(param("attention.key_norm.scale"), model.norm_eps)
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, cache: Cache | None = None, start=0):
-        """Returns ([B, T, D], cache). With a cache, x takes indices start to start + T - 1 and sees all before."""
+    def __call__(self, x_BTD, segments_BT, positions_BT, cache: Cache | None = None, written_BT=None):
+        """Returns ([B, T, D], cache). With a cache a row is one document, of which x is what follows; the tokens that are
+        written join it, each seeing what came before it and itself. The output of the others means nothing."""
         dtype = x_BTD.dtype
         q_BTHh = jnp.einsum("btd,dnh->btnh", x_BTD, self.query.astype(dtype))
         k_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.key.astype(dtype))
@@ -74,9 +86,6 @@ class Attention(nnx.Module):
             if cache is None:
                 mixed_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segments_BT)
             else:
-                keys = jax.lax.dynamic_update_slice_in_dim(cache.keys, k_BTKh.astype(cache.keys.dtype), start, axis=1)
-                values = jax.lax.dynamic_update_slice_in_dim(cache.values, v_BTKh.astype(cache.values.dtype), start, axis=1)
-                cache = Cache(keys, values)
-                one_document = jnp.zeros(keys.shape[:2], jnp.int32)  # generation never leaves its document
-                mixed_BTHh = attend_chunk(q_BTHh, keys, values, jnp.zeros_like(segments_BT), one_document, start)
+                cache, last_BT = cache.append(k_BTKh, v_BTKh, written_BT)
+                mixed_BTHh = attend_cached(q_BTHh, cache.keys, cache.values, last_BT)
         return jnp.einsum("btnh,nhd->btd", mixed_BTHh, self.output.astype(dtype)), cache

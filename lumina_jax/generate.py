@@ -95,11 +95,17 @@ class Generator:
         allowed_V = jnp.asarray(allowed)
 
         def forward(variables, tokens_1T, caches, start, last):
+            """The tokens up to number `last` of these, the first at position `start`; what follows them is filling."""
             model = merge(graphdef, variables)
-            T = tokens_1T.shape[1]
-            positions = start + jnp.arange(T)[None]
-            same_document = jnp.zeros((1, T), jnp.int32)
-            hidden, _, caches = model(tokens_1T, same_document, positions, dtype=self.dtype, caches=caches, start=start)
+            places_1T = jnp.arange(tokens_1T.shape[1])[None]
+            hidden, _, caches = model(
+                tokens_1T,
+                jnp.zeros_like(places_1T),
+                start + places_1T,
+                dtype=self.dtype,
+                caches=caches,
+                written_BT=places_1T <= last,
+            )
             return (hidden[0, last] @ model.head_DV(self.dtype)).astype(jnp.float32), caches
 
         def draw(logits_V, seen_V, knobs, key):

@@ -1,9 +1,10 @@
-"""Mixture-of-Depths: a layer's feed-forward works on some tokens of each row, the rest pass by (Raposo et al., 2024).
+"""Mixture-of-Depths: some tokens of each row take a layer, or its feed-forward, the rest pass by (Raposo et al., 2024).
 
 B rows, T positions, C selected positions, D model width.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,48 +22,96 @@ def select_top(logit_BT, count: int):
     return jnp.sort(index_BC, axis=1).astype(jnp.int32)
 
 
+class Selection(NamedTuple):
+    """Which tokens of each row take the layer, and how much of its output they add."""
+
+    taken_BT: jax.Array  # bool
+    gate_BT: jax.Array  # in at least float32
+    index_BC: jax.Array | None = None  # positions of a fixed number of tokens, in temporal order; None: any number
+    slot_BT: jax.Array | None = None  # the inverse: place of a token among the selected, -1 when it is not
+
+    def run(self, inner: Callable[..., tuple[Any, Any, Any]], x_BTD, *others, cache: Any = None):
+        """(gate * f(x) at the tokens that take the layer and zero elsewhere [B, T, D], metrics, cache).
+
+        `inner(x [B, N, D], *others [B, N], taken)` returns (f(x), metrics, cache). When a fixed number is selected it is given
+        those alone, with taken None: what is skipped is not computed. Otherwise it is given all, with taken [B, N], or not
+        called at all when no row has any; then `cache` stays as it is.
+        """
+        if self.index_BC is None or self.slot_BT is None:
+            given = (x_BTD, *others, self.taken_BT)
+            out, metrics, _ = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(inner, *given))
+            out_BTD, metrics, cache = jax.lax.cond(
+                jnp.any(self.taken_BT), lambda given: inner(*given), lambda given: (out, metrics, cache), given
+            )
+            gated_BTD = out_BTD * self.gate_BT[:, :, None].astype(out_BTD.dtype)
+            return jnp.where(self.taken_BT[:, :, None], gated_BTD, 0), metrics, cache
+        with jax.named_scope("select"):
+            x_BCD = take_rows(x_BTD, self.index_BC, self.slot_BT[:, :, None])
+            selected = [jnp.take_along_axis(other_BT, self.index_BC, axis=1) for other_BT in others]
+        out_BCD, metrics, cache = inner(x_BCD, *selected, None)
+        with jax.named_scope("scatter"):
+            gate_BC1 = jnp.take_along_axis(self.gate_BT, self.index_BC, axis=1)[:, :, None].astype(out_BCD.dtype)
+            return take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None]), metrics, cache
+
+
+class Predictor(nnx.Module):
+    """A small feed-forward that says from a token alone whether it would be selected."""
+
+    def __init__(self, param: Callable[[str], nnx.Variable]):
+        self.hidden, self.output, self.bias = (param(f"mod.predictor.{name}") for name in ("hidden", "output", "bias"))
+
+    def __call__(self, z_BTD):
+        """A logit a token [B, T]."""
+        hidden, output, bias = (w.astype(z_BTD.dtype) for w in (self.hidden, self.output, self.bias))
+        return jax.nn.silu(z_BTD @ hidden) @ output + bias
+
+
 class MoD(nnx.Module):
     """Router of one layer: gate g = sigmoid(w . z + b) of the normalised input z."""
 
     def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Variable]):
         self.router = param("mod.router")
         self.bias = param("mod.bias")
-        self.capacity = model.mod.capacity
+        if model.mod.predictor_width:
+            self.predictor = Predictor(param)
+        self.mod = model.mod
 
-    def __call__(self, z_BTD, inner: Callable, training: bool):
-        """Returns (g * inner(z) at the selected positions and zero elsewhere [B, T, D], inner's metrics, own metrics).
+    def __call__(self, z_BTD, positions_BT, layer, top: bool) -> tuple[Selection, dict[str, jax.Array]]:
+        """Select tokens: with `top` the highest C = ceil(c T) of each row, which sees the future, as in training; without it
+        each token decides for itself, as evaluation and generation do and as the predictor loss teaches.
 
-        Training selects the top C = ceil(c T) of each row, which sees the future; evaluation and generation decide token by
-        token, g > 0.5, as the predictor loss teaches. `inner` maps [B, N, D] to ([B, N, D], metrics), without the residual.
+        Metrics: predictor_loss, logit_BT (above zero, the causal decision is to take the layer) and taken_BT. `layer` and
+        `positions` are what random routing (`mod.router`) draws by.
         """
-        B, T, D = z_BTD.shape
         wide_BTD = at_least_float32(z_BTD)
         router, bias = self.router.astype(wide_BTD.dtype), self.bias.astype(wide_BTD.dtype)
         logit_BT = wide_BTD @ router + bias
-        if training:
-            with jax.named_scope("select"):
-                index_BC = select_top(jax.lax.stop_gradient(logit_BT), capacity(T, self.capacity))
-                slot_BT = inverse_index(index_BC, T)
-                z_BCD = take_rows(z_BTD, index_BC, slot_BT[:, :, None])
-            out_BCD, metrics = inner(z_BCD)
-            gate_BC1 = jax.nn.sigmoid(jnp.take_along_axis(logit_BT, index_BC, axis=1))[:, :, None]
-            with jax.named_scope("scatter"):
-                out_BTD = take_rows(out_BCD * gate_BC1.astype(out_BCD.dtype), slot_BT, index_BC[:, :, None])
-            selected_BT = slot_BT >= 0
+        if self.mod.router == "random":
+            wish_BT = causal_BT = self.mod.capacity - _uniform(positions_BT, layer)
         else:
-            selected_BT = logit_BT > 0
-            nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(inner, z_BTD))
-            # A decoding step in which no row takes the layer skips it.
-            out_BTD, metrics = jax.lax.cond(jnp.any(selected_BT), inner, lambda z: nothing, z_BTD)
-            gate_BT = jnp.where(selected_BT, jax.nn.sigmoid(logit_BT), 0)
-            out_BTD = out_BTD * gate_BT[:, :, None].astype(out_BTD.dtype)
-        # The predictor learns the membership from z as it finds it: its gradient goes to the router alone.
-        causal_logit_BT = jax.lax.stop_gradient(wide_BTD) @ router + bias
-        target_BT = selected_BT.astype(wide_BTD.dtype)
-        own = {
-            "predictor_loss": jnp.mean(jax.nn.softplus(causal_logit_BT) - target_BT * causal_logit_BT),
-            # Apart by row in evaluation, where a batch may be padded with rows that do not count.
-            "causal_capacity": jnp.mean((logit_BT > 0).astype(jnp.float32), axis=None if training else 1),
-            "agreement": jnp.mean(((logit_BT > 0) == selected_BT).astype(jnp.float32)),
+            wish_BT = logit_BT
+            # What decides learns the membership from z as it finds it: that gradient goes to the router alone.
+            still_BTD = jax.lax.stop_gradient(wide_BTD)
+            causal_BT = self.predictor(still_BTD) if self.mod.predictor_width else still_BTD @ router + bias
+        gate_BT = jax.nn.sigmoid(logit_BT)
+        if top:
+            T = z_BTD.shape[1]
+            index_BC = select_top(jax.lax.stop_gradient(wish_BT), capacity(T, self.mod.capacity))
+            slot_BT = inverse_index(index_BC, T)
+            selection = Selection(slot_BT >= 0, gate_BT, index_BC, slot_BT)
+        else:
+            selection = Selection(causal_BT > 0, gate_BT)
+        target_BT = selection.taken_BT.astype(wide_BTD.dtype)
+        learned = 0.0 if self.mod.router == "random" else 1.0
+        metrics = {
+            "predictor_loss": learned * jnp.mean(jax.nn.softplus(causal_BT) - target_BT * causal_BT),
+            "logit_BT": jax.lax.stop_gradient(causal_BT),
+            "taken_BT": selection.taken_BT,
         }
-        return out_BTD, metrics, own
+        return selection, metrics
+
+
+def _uniform(positions_BT, layer):
+    """A number from 0 to 1 for each token, by its layer and position alone: the same in training and generation."""
+    key = jax.random.fold_in(jax.random.key(0), layer)
+    return jax.vmap(jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position))))(positions_BT)

@@ -29,8 +29,19 @@ class Variables(NamedTuple):
     biases: nnx.State  # router biases: state, not trained
 
 
+class Mode(NamedTuple):
+    """What routing does; static, so that each mode is a program of its own."""
+
+    training: bool = False  # MoE drops beyond its capacity; jitter and dropout draw
+    top: bool = False  # MoD selects the top of each row, which sees the future: in training, and as control in a certificate
+
+
+TRAINING, CAUSAL = Mode(training=True, top=True), Mode()
+
+
 class Block(nnx.Module):
-    """x = x + attention(norm(x)); x = x + feedforward(norm(x)), the feed-forward dense or MoE, with MoD around it or not."""
+    """x = x + attention(norm(x)); x = x + feedforward(norm(x)), the feed-forward dense or MoE, with MoD around it, around
+    both, or not."""
 
     def __init__(self, model: ModelConfig, kind: str, param: Callable[[str], nnx.Variable]):
         self.attention_norm = RMSNorm(param("attention_norm.scale"), model.norm_eps)
@@ -42,32 +53,52 @@ class Block(nnx.Module):
             self.feedforward = FeedForward("feedforward", model.activation, param)
         if kind.endswith("+mod"):
             self.mod = MoD(model, param)
+        self.routes_block = model.mod.scope == "block"
         self.dropout = model.dropout
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, training: bool, key_B=None, cache: Cache | None = None, start=0):
-        """Returns ([B, T, D], metrics, cache)."""
+    def __call__(self, x_BTD, segments_BT, positions_BT, mode: Mode, layer=0, key_B=None, cache=None, written_BT=None):
+        """Returns ([B, T, D], metrics, cache). `layer` is its number; see `Transformer` for the others."""
         keys = split_keys(key_B, 3) if key_B is not None else (None, None, None)
-        with jax.named_scope("attention"):
-            mixed_BTD, cache = self.attention(self.attention_norm(x_BTD), segments_BT, positions_BT, cache, start)
-            x_BTD = x_BTD + self._drop(mixed_BTD, training, keys[0])
 
-        def feedforward(z):
-            return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (self.feedforward(z), {})
+        def attention(x, segments, positions, written):
+            with jax.named_scope("attention"):
+                mixed, after = self.attention(self.attention_norm(x), segments, positions, cache, written)
+                return self._drop(mixed, mode, keys[0]), after
 
-        metrics: Metrics = {}
-        with jax.named_scope("feedforward"):
-            z_BTD = self.feedforward_norm(x_BTD)
-            if hasattr(self, "mod"):
-                out_BTD, moe_metrics, metrics["mod"] = self.mod(z_BTD, feedforward, training)
-            else:
-                out_BTD, moe_metrics = feedforward(z_BTD)
-            if moe_metrics:
-                metrics["moe"] = moe_metrics
-            x_BTD = x_BTD + self._drop(out_BTD, training, keys[2])
-        return x_BTD, metrics, cache
+        def feedforward(z, taken):
+            out, metrics = self.moe(z, mode.training, keys[1], taken) if hasattr(self, "moe") else (self.feedforward(z), {})
+            return self._drop(out, mode, keys[2]), metrics
 
-    def _drop(self, x, training: bool, key_B):
-        if not (training and self.dropout and key_B is not None):
+        def both(x, segments, positions, taken):
+            """Attention and feed-forward among the tokens taken; what the others hold is in no segment of theirs."""
+            if taken is not None:
+                segments = jnp.where(taken, segments, -1)
+            written = taken if written_BT is None or taken is None else written_BT & taken
+            mixed, after = attention(x, segments, positions, written)
+            with jax.named_scope("feedforward"):
+                out, metrics = feedforward(self.feedforward_norm(x + mixed), taken)
+            return mixed + out, metrics, after
+
+        depth: dict[str, Any] = {}
+        if hasattr(self, "mod") and self.routes_block:
+            selection, depth = self.mod(self.attention_norm(x_BTD), positions_BT, layer, mode.top)
+            change_BTD, experts, cache = selection.run(both, x_BTD, segments_BT, positions_BT, cache=cache)
+            x_BTD = x_BTD + change_BTD
+        else:
+            mixed_BTD, cache = attention(x_BTD, segments_BT, positions_BT, written_BT)
+            x_BTD = x_BTD + mixed_BTD
+            with jax.named_scope("feedforward"):
+                z_BTD = self.feedforward_norm(x_BTD)
+                if hasattr(self, "mod"):
+                    selection, depth = self.mod(z_BTD, positions_BT, layer, mode.top)
+                    out_BTD, experts, _ = selection.run(lambda z, taken: (*feedforward(z, taken), None), z_BTD)
+                else:
+                    out_BTD, experts = feedforward(z_BTD, None)
+                x_BTD = x_BTD + out_BTD
+        return x_BTD, {group: of for group, of in (("moe", experts), ("mod", depth)) if of}, cache
+
+    def _drop(self, x, mode: Mode, key_B):
+        if not (mode.training and self.dropout and key_B is not None):
             return x
         keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))(key_B)
         return jnp.where(keep, x / (1 - self.dropout), 0)
@@ -95,17 +126,28 @@ class Transformer(nnx.Module):
         self.model = model
 
     def __call__(
-        self, inputs_BT, segments_BT, positions_BT, *, dtype, training=False, remat=False, key_B=None, caches=None, start=0
+        self,
+        inputs_BT,
+        segments_BT,
+        positions_BT,
+        *,
+        dtype,
+        mode: Mode = CAUSAL,
+        remat=False,
+        key_B=None,
+        caches=None,
+        written_BT=None,
     ):
         """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
 
         Args:
-            inputs_BT, segments_BT, positions_BT: token ids, documents and positions within them, int32.
+            inputs_BT, segments_BT, positions_BT: token ids, documents from 0 and positions within them, int32.
             dtype: of activations and of the parameters as they are used.
-            training: MoE drops beyond its capacity, MoD selects the top of each row; dropout and jitter need `key_B`, a
-                random key a row: what a row draws depends on nothing else, neither micro-batches nor the mesh.
+            mode: how layers route. In training dropout and jitter need `key_B`, a random key a row: what a row draws depends
+                on nothing else, neither micro-batches nor the mesh.
             remat: recompute each period of layers in the backward pass.
-            caches: from `make_caches`; the tokens then take indices start to start + T - 1.
+            caches: from `make_caches`: what each row's tokens follow, all in one document.
+            written_BT: with caches: the tokens that count; the others are filling, and neither cached nor seen.
         """
         x_BTD = self.embedding.astype(dtype).at[inputs_BT].get(mode="clip")  # ids are checked where rows are made
         if self.model.scale_embeddings:
@@ -115,21 +157,22 @@ class Transformer(nnx.Module):
         for number, (segment, stacked) in enumerate(zip(self.plan, self.segments, strict=True)):
             R, period = segment.repeats, len(segment.kinds)
             layers = slice(segment.start, segment.start + R * period)
+            numbers_Rp = jnp.arange(self.model.num_layers)[layers].reshape(R, period)
             keys_RpB = keys_LB[layers].reshape(R, period, -1) if keys_LB is not None else None
 
             def repeat(x, xs):
-                blocks, keys_pB, caches_p = xs
+                blocks, numbers_p, keys_pB, caches_p = xs
                 metrics, caches_out = [], []
                 for p, block in enumerate(blocks):
                     k = keys_pB[p] if keys_pB is not None else None
                     c = caches_p[p] if caches_p is not None else None
-                    x, m, c = block(x, segments_BT, positions_BT, training, k, c, start)
+                    x, m, c = block(x, segments_BT, positions_BT, mode, numbers_p[p], k, c, written_BT)
                     metrics.append(m)
                     caches_out.append(c)
                 return x, (metrics, caches_out)
 
             body = jax.checkpoint(repeat) if remat else repeat
-            xs = (list(stacked), keys_RpB, caches[number] if caches is not None else None)
+            xs = (list(stacked), numbers_Rp, keys_RpB, caches[number] if caches is not None else None)
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]
             new_caches.append(caches_out)
@@ -158,12 +201,13 @@ def _in_layer_order(collected: list[tuple[range, Metrics]]) -> Metrics:
 
 
 def make_caches(model: ModelConfig, batch: int, length: int, dtype) -> list:
-    """Empty key/value caches for `length` positions, shaped as the segments are scanned."""
+    """Empty key/value caches for `length` tokens, shaped as the segments are scanned."""
 
-    def zeros(R: int) -> jax.Array:
-        return jnp.zeros((R, batch, length, model.num_kv_heads, model.head_dim), dtype)
+    def empty(R: int) -> Cache:
+        zeros = jnp.zeros((R, batch, length, model.num_kv_heads, model.head_dim), dtype)
+        return Cache(zeros, zeros, jnp.zeros((R, batch), jnp.int32))
 
-    return [[Cache(zeros(s.repeats), zeros(s.repeats)) for _ in s.kinds] for s in layer_plan(layer_kinds(model))]
+    return [[empty(s.repeats) for _ in s.kinds] for s in layer_plan(layer_kinds(model))]
 
 
 def create(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Variables]:

@@ -1,8 +1,10 @@
 """Mixture-of-Experts feed-forward: each token goes to its top-k experts.
 
-B rows, T positions, D model width, F feed-forward width, E experts, k choices a token, C slots of an expert in a row.
+B rows, T positions, D model width, F feed-forward width, E experts, k choices a token, C slots of an expert in a row,
+A alternatives to choose from: the experts, then those that do nothing.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,31 +16,43 @@ from lumina.config import ModelConfig, MoEConfig
 from lumina_jax.attention import at_least_float32
 from lumina_jax.feedforward import ACTIVATIONS, FeedForward
 from lumina_jax.gather import inverse_index, take_rows
-
-BLOCK = 64  # tokens that `experts_dropless` multiplies with one expert at once
+from lumina_jax.grouped import grouped_feedforward
 
 
 class RouterBias(nnx.Variable):
     """Loss-free balancing: added to the scores for choosing, never to the gates. State, not trained."""
 
 
-def route(moe: MoEConfig, logits_BTE, bias_E):
-    """Choose experts: returns (experts [B, T, k] int32, gates [B, T, k], scores [B, T, E]), floats in at least float32.
+def in_best_groups(moe: MoEConfig, preference_BTA):
+    """`preference` with -inf outside of the `top_groups` groups whose two best experts add up highest (DeepSeek-V3, 2.1.2)."""
+    if moe.num_groups == 1:
+        return preference_BTA
+    *rows, A = preference_BTA.shape
+    grouped_BTGa = preference_BTA.reshape(*rows, moe.num_groups, A // moe.num_groups)
+    best_two = jax.lax.top_k(grouped_BTGa, min(2, grouped_BTGa.shape[-1]))[0]
+    _, groups_BTg = jax.lax.top_k(jnp.sum(best_two, axis=-1), moe.top_groups)
+    chosen_BTG = jnp.any(groups_BTg[..., None] == jnp.arange(moe.num_groups), axis=-2)
+    return jnp.where(chosen_BTG[..., None], grouped_BTGa, -jnp.inf).reshape(preference_BTA.shape)
+
+
+def route(moe: MoEConfig, logits_BTA, bias_A):
+    """Choose: returns (experts [B, T, k] int32, gates [B, T, k], scores [B, T, A]), floats in at least float32.
 
     Choice follows score + bias, ties to the lower expert; gates are the unbiased scores, renormalised over the chosen only
-    when k > 1: at k = 1 that would make the gate constant and starve the router of gradient (Switch, section 2.1).
+    when k > 1: at k = 1 that would make the gate constant and starve the router of gradient (Switch, section 2.1). Choices
+    of E and above do no work.
     """
-    logits_BTE = at_least_float32(logits_BTE) / moe.temperature
-    scores_BTE = jax.nn.softmax(logits_BTE) if moe.score == "softmax" else jax.nn.sigmoid(logits_BTE)
-    _, experts_BTk = jax.lax.top_k(scores_BTE + bias_E, moe.top_k)
-    gates_BTk = jnp.take_along_axis(scores_BTE, experts_BTk, axis=-1)
-    if moe.top_k > 1:
+    logits_BTA = at_least_float32(logits_BTA) / moe.temperature
+    scores_BTA = jax.nn.softmax(logits_BTA) if moe.score == "softmax" else jax.nn.sigmoid(logits_BTA)
+    _, experts_BTk = jax.lax.top_k(in_best_groups(moe, scores_BTA + bias_A), moe.top_k)
+    gates_BTk = jnp.take_along_axis(scores_BTA, experts_BTk, axis=-1)
+    if moe.renormalise and moe.top_k > 1:
         gates_BTk = gates_BTk / jnp.sum(gates_BTk, axis=-1, keepdims=True)
-    return experts_BTk, gates_BTk * moe.route_scale, scores_BTE
+    return experts_BTk, gates_BTk * moe.route_scale, scores_BTA
 
 
 def assign_slots(experts_BTk, num_experts: int, capacity: int):
-    """The slot, expert * C + place, of each choice [B, T, k], and -1 where the expert is full.
+    """The slot, expert * C + place, of each choice [B, T, k], and -1 where the expert is full or there is none.
 
     Places go by position, then by rank of the choice. So whether a choice is dropped depends on the past alone, for
     every k; serving all first choices before all second ones would not be causal for k > 1.
@@ -46,9 +60,10 @@ def assign_slots(experts_BTk, num_experts: int, capacity: int):
     B, T, k = experts_BTk.shape
     experts_BN = experts_BTk.reshape(B, T * k)
     chosen_BNE = jax.nn.one_hot(experts_BN, num_experts, dtype=jnp.int32)
-    before_BNE = jnp.cumsum(chosen_BNE, axis=1) - chosen_BNE
-    place_BN = jnp.take_along_axis(before_BNE, experts_BN[:, :, None], axis=2)[:, :, 0]
-    return jnp.where(place_BN < capacity, experts_BN * capacity + place_BN, -1).reshape(B, T, k)
+    # Of an expert that does not exist no place is chosen, and the sum is zero.
+    place_BN = jnp.sum(jnp.cumsum(chosen_BNE, axis=1) * chosen_BNE, axis=2) - 1
+    served_BN = (place_BN >= 0) & (place_BN < capacity)
+    return jnp.where(served_BN, experts_BN * capacity + place_BN, -1).reshape(B, T, k)
 
 
 def experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation: str, capacity: int):
@@ -70,52 +85,26 @@ def experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation: str, ca
     with jax.named_scope("combine"):
         picked_BND = take_rows(out_BSD, slot_BTk.reshape(B, T * k), choice_BS[:, :, None])
         out_BTD = jnp.einsum("btkd,btk->btd", picked_BND.reshape(B, T, k, D), gates_BTk.astype(x_BTD.dtype))
-    return out_BTD, slot_BTk >= 0
+    return out_BTD, (slot_BTk >= 0) | (experts_BTk >= E)
 
 
-def experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation: str):
-    """No choice is dropped, and the work is that of the choices: sort them by expert, pad each expert's group to whole
-    blocks, and multiply block by block with the expert that owns it. For evaluation and generation."""
-    gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in weights)
+def experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation: str, form: str):
+    """No choice is dropped, and the work is that of the choices. Returns ([B, T, D], kept [B, T, k]), as the other does."""
     B, T, k = experts_BTk.shape
-    E, D, _ = gate_EDF.shape
-    N = B * T * k
-    block = min(BLOCK, N)
-    experts_N = experts_BTk.reshape(N)
-    order_N = jnp.argsort(experts_N, stable=True)  # sorted place -> choice
-    counts_E = jnp.bincount(experts_N, length=E)
-    blocks_E = -(-counts_E // block)
-    first_block_E = jnp.cumsum(blocks_E) - blocks_E
-    first_place_E = jnp.cumsum(counts_E) - counts_E
-    num_blocks = N // block + min(E, N)  # as many as any counts can need
-    block_expert_M = jnp.searchsorted(jnp.cumsum(blocks_E), jnp.arange(num_blocks), side="right")
-    x_ND = x_BTD.reshape(B * T, D)
-
-    def multiply(m):
-        e = jnp.minimum(block_expert_M[m], E - 1)
-        places = first_place_E[e] + (m - first_block_E[e]) * block + jnp.arange(block)
-        rows = x_ND[order_N[jnp.minimum(places, N - 1)] // k]  # places beyond the expert's group: computed, never picked
-        return (ACTIVATIONS[activation](rows @ gate_EDF[e]) * (rows @ up_EDF[e])) @ down_EFD[e]
-
-    def work_or_skip(m):
-        return jax.lax.cond(block_expert_M[m] < E, multiply, lambda m: jnp.zeros((block, D), x_BTD.dtype), m)
-
-    out_MD = jax.lax.map(work_or_skip, jnp.arange(num_blocks)).reshape(num_blocks * block, D)
-    place_N = jnp.zeros(N, jnp.int32).at[order_N].set(jnp.arange(N, dtype=jnp.int32))
-    within_N = place_N - first_place_E[experts_N]  # number of the choice among its expert's
-    picked_BTkD = out_MD[first_block_E[experts_N] * block + within_N].reshape(B, T, k, D)
-    return jnp.einsum("btkd,btk->btd", picked_BTkD, gates_BTk.astype(x_BTD.dtype))
+    out_NkD = grouped_feedforward(x_BTD.reshape(B * T, -1), experts_BTk.reshape(B * T, k), weights, activation, form)
+    out_BTD = jnp.einsum("btkd,btk->btd", out_NkD.reshape(B, T, k, -1), gates_BTk.astype(x_BTD.dtype))
+    return out_BTD, jnp.ones_like(experts_BTk, bool)
 
 
-def balance_loss(scores_BTE, experts_BTk):
-    """E * sum_e (count_e / (T k)) * mean_t p_te, averaged over rows: 1 when uniform (Switch, section 2.2).
+def balance_loss(load_BA, share_BA):
+    """A * sum_a load_a * mean probability_a, averaged over rows: 1 when uniform (Switch, section 2.2).
 
-    Taken row by row it is a mean over rows, so neither micro-batches nor the mesh change it.
+    Args:
+        load_BA: choices that went to each alternative, in whatever the balance is taken over: each row, or (equal rows) more.
+        share_BA: mean over each row of the scores, scaled to sum to one; what the gradient goes through.
     """
-    E = scores_BTE.shape[-1]
-    load_BE = jnp.mean(jax.nn.one_hot(experts_BTk, E, dtype=scores_BTE.dtype), axis=(1, 2))
-    share_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)  # sigmoid scores do not sum to one
-    return E * jnp.mean(jnp.sum(load_BE * jnp.mean(share_BTE, axis=1), axis=-1))
+    load_BA = load_BA / jnp.sum(load_BA, axis=-1, keepdims=True)
+    return share_BA.shape[-1] * jnp.mean(jnp.sum(load_BA * share_BA, axis=-1), axis=-1)
 
 
 class MoE(nnx.Module):
@@ -129,9 +118,15 @@ class MoE(nnx.Module):
             self.shared = FeedForward("moe.shared", model.activation, param)
         self.model = model
 
-    def __call__(self, x_BTD, training: bool, key_B=None):
-        """Returns ([B, T, D], metrics). Only training drops, and only training jitters."""
-        moe = self.model.moe
+    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None):
+        """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
+
+        Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
+        Metrics: load_BA (choices, int32) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform),
+        and dropped (share of choices).
+        """
+        moe, activation = self.model.moe, self.model.activation
+        alternatives = moe.num_experts + moe.noop_experts
         with jax.named_scope("router"):
             z_BTD = at_least_float32(x_BTD)
             if training and moe.jitter and key_B is not None:
@@ -140,21 +135,25 @@ class MoE(nnx.Module):
                     return jax.random.uniform(key, z_BTD.shape[1:], z_BTD.dtype, 1 - moe.jitter, 1 + moe.jitter)
 
                 z_BTD = z_BTD * jax.vmap(noise)(key_B)
-            logits_BTE = z_BTD @ self.router.astype(z_BTD.dtype)
-            experts_BTk, gates_BTk, scores_BTE = route(moe, logits_BTE, self.bias.astype(z_BTD.dtype))
+            logits_BTA = z_BTD @ self.router.astype(z_BTD.dtype)
+            experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.astype(z_BTD.dtype))
+            if taken_BT is not None:
+                experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, alternatives)
         weights = (self.experts.gate, self.experts.up, self.experts.down)
-        if training:
+        if training and moe.dispatch == "capacity":
             slots = expert_capacity(self.model, x_BTD.shape[1])
-            out_BTD, kept_BTk = experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, self.model.activation, slots)
+            out_BTD, kept_BTk = experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation, slots)
         else:
-            out_BTD = experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, self.model.activation)
-            kept_BTk = jnp.ones_like(experts_BTk, bool)
+            out_BTD, kept_BTk = experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation, moe.grouped_form)
         if moe.shared_experts:
             out_BTD = out_BTD + self.shared(x_BTD)
+        share_BTA = scores_BTA / jnp.sum(scores_BTA, axis=-1, keepdims=True)  # sigmoid scores do not sum to one
+        entropy_BT = -jnp.sum(share_BTA * jnp.log(jnp.maximum(share_BTA, 1e-30)), axis=-1)
         metrics = {
-            "balance_loss": balance_loss(scores_BTE, experts_BTk),
-            "z_loss": jnp.mean(jax.nn.logsumexp(logits_BTE, axis=-1) ** 2),
-            "load_E": jnp.bincount(experts_BTk.reshape(-1), length=moe.num_experts).astype(jnp.int32),
+            "load_BA": jnp.sum(jax.nn.one_hot(experts_BTk, alternatives, dtype=jnp.int32), axis=(1, 2)),
+            "share_BA": jnp.mean(share_BTA, axis=1),
+            "z_loss": jnp.mean(jax.nn.logsumexp(logits_BTA, axis=-1) ** 2),
+            "entropy": jnp.mean(jax.lax.stop_gradient(entropy_BT)) / max(math.log(alternatives), 1e-30),
             "dropped": jnp.mean(1.0 - kept_BTk.astype(jnp.float32)),
         }
         return out_BTD, metrics

@@ -17,7 +17,8 @@ from lumina.architecture import layer_kinds, layer_plan
 from lumina.config import Config, GuardConfig, ModelConfig
 from lumina_jax.loss import cross_entropy
 from lumina_jax.mesh import AXIS, ROWS, WHOLE, one_device
-from lumina_jax.model import Metrics, Variables, canonical_names, create, merge
+from lumina_jax.model import CAUSAL, TRAINING, Metrics, Mode, Variables, canonical_names, create, merge
+from lumina_jax.moe import balance_loss
 from lumina_jax.optimizer import make_optimizer, schedule
 
 Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, positions, each [B, T]
@@ -88,6 +89,29 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:
     return total
 
 
+def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: jax.Array | None) -> Metrics:
+    """Metrics by layer from what the layers tell by row. Loads are counted over `balance_over` for the balance loss."""
+    summary: Metrics = {}
+    if "moe" in metrics:
+        experts = dict(metrics["moe"])
+        load_LBA, share_LBA = experts.pop("load_BA"), experts.pop("share_BA")
+        experts["load_A"] = jnp.sum(load_LBA, axis=1)
+        if balance_over == "micro_batch":
+            load_LBA = jax.lax.psum(experts["load_A"], AXIS)[:, None]
+        elif balance_over == "batch" and batch_load_LA is not None:
+            load_LBA = batch_load_LA[:, None]
+        summary["moe"] = {**experts, "balance_loss": balance_loss(load_LBA, share_LBA)}
+    if "mod" in metrics:
+        depth = metrics["mod"]
+        decided_LBT = depth["logit_BT"] > 0
+        summary["mod"] = {
+            "predictor_loss": depth["predictor_loss"],
+            "causal_capacity": jnp.mean(decided_LBT.astype(jnp.float32), axis=(1, 2)),
+            "agreement": jnp.mean((decided_LBT == depth["taken_BT"]).astype(jnp.float32), axis=(1, 2)),
+        }
+    return summary
+
+
 def make_train_step(
     config: Config, graphdef: nnx.GraphDef, mesh: Mesh | None = None, token_bytes: Any = None, dtype: Any = None
 ) -> Callable:
@@ -108,19 +132,22 @@ def make_train_step(
     dtype, M = dtype or jnp.dtype(config.train.compute_dtype), config.train.micro_batches
     mesh = mesh or one_device()
     parts = M * mesh.size
+    kinds = " ".join(layer_kinds(config.model))
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
 
-    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key_B: Any):
-        model = merge(graphdef, Variables(params, biases))
-        hidden_BTD, metrics, _ = model(
-            micro["inputs"],
-            micro["segments"],
-            micro["positions"],
-            dtype=dtype,
-            training=True,
-            remat=config.train.remat,
-            key_B=key_B,
-        )
+    balance_over = config.model.moe.balance_over
+    if balance_over == "batch" and M == 1:
+        balance_over = "micro_batch"
+
+    def hidden(variables: Variables, micro: Batch, key_B: Any):
+        model = merge(graphdef, variables)
+        rows = (micro["inputs"], micro["segments"], micro["positions"])
+        hidden_BTD, metrics, _ = model(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat, key_B=key_B)
+        return model, hidden_BTD, metrics
+
+    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key_B: Any, load_LA):
+        model, hidden_BTD, by_row = hidden(Variables(params, biases), micro, key_B)
+        metrics = _summarise(by_row, balance_over, load_LA)
         with jax.named_scope("loss"):
             flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
             sums = cross_entropy(flat, model.head_DV(dtype), micro["targets"].reshape(-1), micro["weights"].reshape(-1))
@@ -132,26 +159,30 @@ def make_train_step(
     def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
         """Gradients and metrics, as one device sees its rows and then all devices' together."""
         weight = jax.lax.psum(jnp.sum(batch["weights"]), AXIS)
-        micros = jax.tree.map(lambda a: a.reshape(M, a.shape[0] // M, *a.shape[1:]), (batch, row_B))
+        # Every M-th row: so a micro-batch has the same rows on any number of devices.
+        micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1), (batch, row_B))
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step) if random else None
 
-        def accumulate(index: Any):
+        def part(index: Any):
             micro, row_b = jax.tree.map(lambda a: a[index], micros)
             key_b = jax.vmap(lambda row: jax.random.fold_in(step_key, row))(row_b) if step_key is not None else None
+            return micro, key_b
+
+        def load_LA(index: Any) -> jax.Array:
+            return jnp.sum(hidden(variables, *part(index))[2]["moe"]["load_BA"], axis=1)
+
+        batch_load_LA = None
+        if balance_over == "batch" and "moe" in kinds:  # known only when every row has been routed once
+            batch_load_LA = jax.lax.psum(_sum_over(M, load_LA), AXIS)
+
+        def gradients_of(index: Any):
+            micro, key_b = part(index)
             (_, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-                variables.params, variables.biases, micro, weight, knobs, key_b
+                variables.params, variables.biases, micro, weight, knobs, key_b, batch_load_LA
             )
             return grads, metrics
 
-        if M == 1:
-            grads, metrics = accumulate(0)
-        else:
-
-            def add(index: Any, total: Any) -> Any:
-                return jax.tree.map(jnp.add, total, accumulate(index))
-
-            zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(accumulate, 0))
-            grads, metrics = jax.lax.fori_loop(0, M, add, zeros)
+        grads, metrics = _sum_over(M, gradients_of)
         metrics["stop"] = jnp.sum(knobs.stop_N)
         if token_bytes is not None:
             metrics["text_bytes"] = _text_bytes(token_bytes, batch)
@@ -186,6 +217,14 @@ def make_train_step(
     return train_step
 
 
+def _sum_over(count: int, part: Callable[[Any], Any]) -> Any:
+    """part(0) + ... + part(count - 1), one at a time, compiled once."""
+    if count == 1:
+        return part(0)
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(part, 0))
+    return jax.lax.fori_loop(0, count, lambda index, total: jax.tree.map(jnp.add, total, part(index)), zeros)
+
+
 def is_good(config: GuardConfig, guard: Guard, loss: jax.Array, gradient_norm: jax.Array) -> jax.Array:
     """Whether an update with this loss and gradient is to be made: both finite, and the loss no spike over a full window."""
     good = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
@@ -211,21 +250,21 @@ def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nn
     """Loss-free balancing (Wang et al., 2024): bias += rate * sign(mean load - load), centred; load is the whole batch's."""
     if not model.moe.bias_rate or "moe" not in metrics:
         return biases
-    load_LE = metrics["moe"]["load_E"].astype(jnp.float32)  # the layers that have experts, in order
-    change_LE = model.moe.bias_rate * jnp.sign(jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE)
-    change_LE -= jnp.mean(change_LE, axis=-1, keepdims=True)
+    load_LA = metrics["moe"]["load_A"].astype(jnp.float32)  # the layers that have experts, in order
+    change_LA = model.moe.bias_rate * jnp.sign(jnp.mean(load_LA, axis=-1, keepdims=True) - load_LA)
+    change_LA -= jnp.mean(change_LA, axis=-1, keepdims=True)
     kinds = layer_kinds(model)
     plan, moe_layers = layer_plan(kinds), [i for i, kind in enumerate(kinds) if kind.startswith("moe")]
 
-    def update(path: Any, bias_RE: jax.Array) -> jax.Array:
+    def update(path: Any, bias_RA: jax.Array) -> jax.Array:
         layers = [int(name.split(".")[1]) for name in canonical_names(plan, path)]
-        return bias_RE + change_LE[jnp.array([moe_layers.index(layer) for layer in layers])]
+        return bias_RA + change_LA[jnp.array([moe_layers.index(layer) for layer in layers])]
 
     return jax.tree_util.tree_map_with_path(update, biases)
 
 
 def make_eval_step(
-    config: Config, graphdef: nnx.GraphDef, token_bytes: Any, mesh: Mesh | None = None, dtype: Any = None
+    config: Config, graphdef: nnx.GraphDef, token_bytes: Any, mesh: Mesh | None = None, dtype: Any = None, mode: Mode = CAUSAL
 ) -> Callable:
     """eval_step(variables, batch) -> sums over tokens: loss, correct, weight, text_bytes and those that each MoD layer takes.
 
@@ -235,15 +274,15 @@ def make_eval_step(
 
     def of_own_rows(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         model = merge(graphdef, variables)
-        hidden_BTD, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=dtype)
+        hidden_BTD, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=dtype, mode=mode)
         flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
         sums = cross_entropy(flat, model.head_DV(dtype), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
-        capacity_LB = metrics["mod"]["causal_capacity"] if "mod" in metrics else jnp.zeros((0, batch["inputs"].shape[0]))
+        taken_LBT = metrics["mod"]["taken_BT"] if "mod" in metrics else jnp.zeros((0, *batch["inputs"].shape))
         sums_of_own = {
             "loss": sums.loss,
             "correct": sums.correct,
             "weight": jnp.sum(batch["weights"]),
-            "taken_L": capacity_LB @ jnp.sum(batch["weights"], axis=1),
+            "taken_L": jnp.sum(taken_LBT * batch["weights"], axis=(1, 2)),
             "text_bytes": _text_bytes(token_bytes, batch),
         }
         return jax.lax.psum(sums_of_own, AXIS)

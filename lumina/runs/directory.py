@@ -17,6 +17,8 @@ from lumina.runs.journal import Journal
 # Fields that may differ when a run goes on: later numbers change by no more than rounding. But for train.steps, which stretches
 # the schedule of the learning rate, and for checkpoint.every and guard.max_*, which decide where a rewind goes and how often.
 MAY_CHANGE = (
+    "model.attention_form",
+    "model.moe.grouped_form",
     "train.steps",
     "train.micro_batches",
     "train.eval_",
