@@ -5,7 +5,7 @@ T positions, B rows, c the share of tokens that a Mixture-of-Depths layer works 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from lumina.config import Config, MoDConfig, ModelConfig, layer_pattern
@@ -168,6 +168,12 @@ def depth_capacity_at(mod: MoDConfig, step: int) -> float:
         return mod.capacity
     stage = step * ANNEAL_STAGES // mod.anneal_steps
     return mod.start_capacity + (mod.capacity - mod.start_capacity) * stage / ANNEAL_STAGES
+
+
+def at_capacity(config: Config, depth_capacity: float) -> Config:
+    """`config` with another depth capacity: what a stage of annealing computes."""
+    mod = replace(config.model.mod, capacity=depth_capacity)
+    return replace(config, model=replace(config.model, mod=mod))
 
 
 def skippable(name: str, mod: MoDConfig) -> bool:

@@ -18,7 +18,7 @@ from lumina.errors import UsageError
 from lumina.runs.directory import RunDirectory
 from lumina.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from lumina_jax.mesh import one_device, shaped_whole
-from lumina_jax.model import Variables, make_caches, merge
+from lumina_jax.model import Variables, fit_caches, make_caches, merge, routed_caches
 from lumina_jax.step import state_shapes
 
 
@@ -114,15 +114,19 @@ class Generator:
             token = jnp.where(knobs.temperature > 0, drawn, jnp.argmax(kept_V)).astype(jnp.int32)
             return token, seen_V.at[token].set(True)
 
+        def fullest(caches):
+            lengths = [jnp.max(cache.length) for cache in routed_caches(config.model, caches)]
+            return jnp.max(jnp.stack(lengths)) if lengths else 0
+
         def prefill(variables, tokens_1T, length, caches, seen_V, knobs, key):
             logits_V, caches = forward(variables, tokens_1T, caches, 0, length - 1)
             token, seen_V = draw(logits_V, seen_V, knobs, jax.random.fold_in(key, length))
-            return token, caches, seen_V
+            return (token, fullest(caches)), caches, seen_V
 
         def decode(variables, token, index, caches, seen_V, knobs, key):
             logits_V, caches = forward(variables, token[None, None], caches, index, 0)
             token, seen_V = draw(logits_V, seen_V, knobs, jax.random.fold_in(key, index + 1))
-            return token, caches, seen_V
+            return (token, fullest(caches)), caches, seen_V
 
         self._prefill = jax.jit(prefill, donate_argnames=("caches", "seen_V"))
         self._decode = jax.jit(decode, donate_argnames=("caches", "seen_V"))
@@ -149,17 +153,21 @@ class Generator:
             float(sampling.repetition_penalty),
         )
         if not prompt:
-            first, _, _ = self._start([self.end], 16, knobs, jax.random.fold_in(key, 0))
+            (first, _), _, _ = self._start([self.end], 16, knobs, jax.random.fold_in(key, 0))
             yield int(first)
             if int(first) == self.end or max_tokens == 1:
                 return
             prompt, max_tokens = [int(first)], max_tokens - 1
-        token, caches, seen_V = self._start(prompt, bucket(len(prompt) + max_tokens), knobs, key)
+        (token, fullest), caches, seen_V = self._start(prompt, bucket(len(prompt) + max_tokens), knobs, key)
+        places = 0
         for index in range(len(prompt), len(prompt) + max_tokens):
             yield int(token)
             if int(token) == self.end or index == len(prompt) + max_tokens - 1:
                 return
-            token, caches, seen_V = self._decode(self.variables, token, index, caches, seen_V, knobs, key)
+            if int(fullest) + 1 > places:
+                places = bucket(int(fullest) + 1)
+                caches = fit_caches(self.config.model, caches, places)
+            (token, fullest), caches, seen_V = self._decode(self.variables, token, index, caches, seen_V, knobs, key)
 
     def _start(self, prompt: Sequence[int], cache_length: int, knobs: Knobs, key: jax.Array):
         T = bucket(len(prompt))

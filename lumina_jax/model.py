@@ -201,13 +201,40 @@ def _in_layer_order(collected: list[tuple[range, Metrics]]) -> Metrics:
 
 
 def make_caches(model: ModelConfig, batch: int, length: int, dtype) -> list:
-    """Empty key/value caches for `length` tokens, shaped as the segments are scanned."""
+    """Empty key/value caches for `length` tokens, shaped as the segments are scanned. See also `fit_caches`."""
 
     def empty(R: int) -> Cache:
-        zeros = jnp.zeros((R, batch, length, model.num_kv_heads, model.head_dim), dtype)
-        return Cache(zeros, zeros, jnp.zeros((R, batch), jnp.int32))
+        shape = (R, batch, length, model.num_kv_heads, model.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((R, batch), jnp.int32))
 
     return [[empty(s.repeats) for _ in s.kinds] for s in layer_plan(layer_kinds(model))]
+
+
+def routed_caches(model: ModelConfig, caches: list) -> list[Cache]:
+    """The caches of layers that only some tokens take."""
+    if model.mod.scope != "block":
+        return []
+    plan = layer_plan(layer_kinds(model))
+    return [
+        c
+        for s, of_segment in zip(plan, caches, strict=True)
+        for kind, c in zip(s.kinds, of_segment, strict=True)
+        if kind.endswith("+mod")
+    ]
+
+
+def fit_caches(model: ModelConfig, caches: list, length: int) -> list:
+    """The caches, those of layers that only some tokens take cut or grown to `length` places: memory for what is there."""
+
+    def fit(cache: Cache) -> Cache:
+        def resize(a: jax.Array) -> jax.Array:
+            more = length - a.shape[2]
+            return a[:, :, :length] if more <= 0 else jnp.pad(a, [(0, 0), (0, 0), (0, more), (0, 0), (0, 0)])
+
+        return Cache(resize(cache.keys), resize(cache.values), cache.length)
+
+    routed = {id(cache) for cache in routed_caches(model, caches)}
+    return [[fit(cache) if id(cache) in routed else cache for cache in of_segment] for of_segment in caches]
 
 
 def create(model: ModelConfig, seed: int) -> tuple[nnx.GraphDef, Variables]:

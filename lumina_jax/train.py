@@ -3,6 +3,7 @@
 The story, in order: the run and its data, the model, what is about to happen, the loop (`lumina.runs.loop`), the result.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lumina.architecture import at_capacity, depth_capacity_at
 from lumina.config import Config, to_dict
 from lumina.data import prepare
 from lumina.data.rows import Batches, Rows
@@ -105,10 +107,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
         run.record(config, data, corpus.tokenizer)
     peak = matmul_peak(train.compute_dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
     console.say(report.opening(config, run, corpus, start, describe(mesh), peak))
-    console.status("compiling the training step")
-    began = time.perf_counter()
     eval_step = jax.jit(make_eval_step(config, graphdef, token_bytes, mesh))
-    train_step = jax.jit(make_train_step(config, graphdef, mesh, token_bytes), donate_argnums=0)
 
     def inputs(batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
         asked_N = place_rows(mesh, np.full(len(mesh.local_devices), stop, np.int32))
@@ -116,8 +115,23 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
 
     fresh = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))
     sizes = shaped_whole(mesh, shapes)
-    compiled_step = train_step.lower(sizes, *inputs(train_batches.batch(0), True, False)).compile()
-    console.say(f"compiled in {time.perf_counter() - began:.1f} s")
+
+    @functools.cache
+    def compiled_step(capacity: float) -> Any:
+        """The step at a depth capacity, which may be annealed."""
+        console.status("compiling the training step")
+        began, stage = time.perf_counter(), at_capacity(config, capacity)
+        step = jax.jit(make_train_step(stage, state_shapes(stage)[1], mesh, token_bytes), donate_argnums=0)
+        compiled = step.lower(sizes, *inputs(train_batches.batch(0), True, False)).compile()
+        at = f" for a depth capacity of {capacity:g}" if config.model.mod.anneal_steps else ""
+        console.say(f"compiled in {time.perf_counter() - began:.1f} s{at}")
+        return compiled
+
+    def train_step(number: int, state: TrainState, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
+        step = compiled_step(depth_capacity_at(config.model.mod, number))
+        return step(state, *inputs(batch, update, stop))
+
+    compiled_step(depth_capacity_at(config.model.mod, start))  # before anything is said to have begun
 
     # ------------------------------------------------------------------------------------------------------- the loop
     def held_out_loss(state: TrainState, alive: Any) -> dict[str, Any]:
@@ -132,7 +146,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
 
     backend = Backend(
         fresh=fresh,
-        train_step=lambda state, batch, update, stop: compiled_step(state, *inputs(batch, update, stop)),
+        train_step=train_step,
         fetch=jax.device_get,
         steps_of=lambda state: int(state.step),
         evaluate=held_out_loss,

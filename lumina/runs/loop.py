@@ -31,7 +31,7 @@ class Backend:
     """What a trainer does with arrays. A state is opaque here. Processes call each function at the same step."""
 
     fresh: Callable[[], Any]  # -> state
-    train_step: Callable[[Any, dict[str, Any], bool, bool], tuple[Any, Any]]  # state, batch, update, stop -> state, metrics
+    train_step: Callable[..., tuple[Any, Any]]  # number from 0, state, batch, update, stop -> state, metrics
     fetch: Callable[[Any], Any]  # metrics as numpy arrays, waiting for them
     steps_of: Callable[[Any], int]  # batches that a state has consumed
     evaluate: Callable[[Any, Callable[[], None]], dict[str, Any]]  # state, alive -> figures
@@ -113,7 +113,7 @@ class Loop:
         config, steps = self.config, self.config.train.steps
         for number, batch in prefetch(self.batches, self.step, steps, config.data.workers):
             update = not self.progress.passes_over(number + 1)
-            self.state, metrics = self.backend.train_step(self.state, batch, update, self._asked())
+            self.state, metrics = self.backend.train_step(number, self.state, batch, update, self._asked())
             self.step = number + 1
             self._judge(self.reporter.dispatched(self.step, metrics, update))
             self.watchdog.alive()

@@ -1,5 +1,6 @@
 """What a trainer tells: the table at the start, each step's record, the result. The same words whatever the backend."""
 
+import functools
 import gzip
 import json
 import lzma
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from lumina.architecture import counts, layer_kinds, memory
+from lumina.architecture import at_capacity, counts, depth_capacity_at, layer_kinds, memory
 from lumina.config import Config, TrainConfig
 from lumina.data import Corpus
 from lumina.data.rows import Batches
@@ -83,7 +84,7 @@ class Reporter:
         self.config, self.console, self.log, self.ledger, self.batches = config, console, log, ledger, batches
         self.peak, self.fetch = peak, fetch
         self.tokens = config.train.batch_size * config.data.sequence_length
-        self.flops = counts(config).training_flops
+        self.flops_at = functools.cache(lambda capacity: counts(at_capacity(config, capacity)).training_flops)
         self.rate = Rate()
         self.pending: tuple[int, Any, bool] | None = None  # step, metrics, update
 
@@ -119,7 +120,7 @@ class Reporter:
             "bits_per_byte": loss * self.tokens / math.log(2) / max(int(metrics["text_bytes"]), 1),
             **{name: float(metrics[name]) for name in ("accuracy", "learning_rate", "gradient_norm")},
             "tokens_per_second": speed,
-            "peak_fraction": speed * self.flops / self.peak,
+            "peak_fraction": speed * self.flops_at(depth_capacity_at(self.config.model.mod, step - 1)) / self.peak,
         }
         logged = step % self.config.monitor.log_every == 0 or step == self.config.train.steps
         numbers, skipped = self.batches.row_numbers(step - 1), int(metrics["skipped"]) if update else 0

@@ -92,7 +92,7 @@ class World:
                 setattr(self, name, value)
         return self
 
-    def train_step(self, state, batch, update, stop):
+    def train_step(self, number, state, batch, update, stop):
         step = state.step + 1
         self.at.get(step, lambda: None)()
         self.said.append(("step" if update else "pass", step))
