@@ -15,6 +15,8 @@ from lumina_jax.attention import at_least_float32
 from lumina_jax.feedforward import ACTIVATIONS
 from lumina_jax.gather import take_rows
 
+_read, _write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
+
 
 class Order(NamedTuple):
     """The choices sorted by expert, those that take none at the end. All int32."""
@@ -45,10 +47,10 @@ def _rows(x, index, wanted):
 
 
 def block_sizes(platform: str, choices: int, num_experts: int) -> tuple[int, ...]:
-    """Rows of a block, largest first: an expert's choices fill blocks of the first size, and its rest blocks of the last.
+    """Rows of a block, largest first: an expert's choices go in blocks of the first size, what is left in blocks of the last.
 
-    CPU: measured, 256 then 64 is the fastest or near it at 256 to 512 choices an expert: large blocks spread the cost of
-    adding up weight gradients over more rows, and small ones leave fewer rows of the last block empty. GPU: larger, as a
+    CPU: measured, 256 and 64 are the fastest pair or near it at 256 to 512 choices an expert: large blocks spread the cost
+    of adding up weight gradients over more rows, and small ones leave fewer rows of the last block empty. GPU: larger, as a
     loop whose number of trips is data asks the host before each; not measured.
     """
     large, small = (1024, 256) if platform == "gpu" else (256, 64)
@@ -61,8 +63,9 @@ def _over_blocks(sizes: tuple[int, ...], first, count, body: Callable, carry):
     """carry = body(b, place, rows left from there, carry) over the blocks of one expert, in order."""
     done = jnp.int32(0)
     for b in sizes:
-        left = count - done
-        trips = -(-left // b) if b == sizes[-1] else left // b
+        left = jnp.maximum(count - done, 0)
+        # A block that is three quarters full is cheaper than the small ones that would hold its rows.
+        trips = -(-left // b) if b == sizes[-1] else (left + b // 4) // b
 
         def block(i, carry, b=b, done=done):
             return body(b, first + done + i * b, count - done - i * b, carry)
@@ -89,10 +92,6 @@ def _gated(activation: str, both_b2F):
     return ACTIVATIONS[activation](gate_bF) * up_bF
 
 
-def _write(array, rows, place):
-    return jax.lax.dynamic_update_slice(array, rows, (place, jnp.zeros_like(place)))
-
-
 def _blocks_forward(x_ND, experts_Nk, weights, activation: str, sizes: tuple[int, ...], keep: bool):
     """Returns (out [N, k, D], order, pre-activations in sorted order, gate beside up [S + b, 2F], if they are to be kept).
 
@@ -108,10 +107,10 @@ def _blocks_forward(x_ND, experts_Nk, weights, activation: str, sizes: tuple[int
 
         def block(b, place, left, carry):
             out_MD, *kept = carry
-            choice_b = jax.lax.dynamic_slice(choice_M, (place,), (b,))
+            choice_b = _read(choice_M, place, b)
             both_b2F = x_ND.at[choice_b // k].get(mode="promise_in_bounds") @ both_D2F
-            out_MD = _write(out_MD, _gated(activation, both_b2F) @ down_FD, place)
-            return out_MD, *(_write(both_M2F, both_b2F, place) for both_M2F in kept)
+            out_MD = _write(out_MD, _gated(activation, both_b2F) @ down_FD, place, 0)
+            return out_MD, *(_write(both_M2F, both_b2F, place, 0) for both_M2F in kept)
 
         return _over_blocks(sizes, order.first_E[e], order.counts_E[e], block, carry)
 
@@ -146,22 +145,21 @@ def _blocks_backward(activation, sizes, kept, dout_NkD):
         def block(b, place, left, carry):
             dx_MD, dboth_D2F, ddown_FD = carry
             own_b = jnp.arange(b) < left  # the rows after these belong to others, and may not be finite
-            choice_b = jax.lax.dynamic_slice(choice_M, (place,), (b,))
+            choice_b = _read(choice_M, place, b)
             x_bD, dout_bD = _rows(x_ND, choice_b // k, own_b), _rows(dout_SD, choice_b, own_b)
-            both_b2F = jnp.where(own_b[:, None], jax.lax.dynamic_slice(both_M2F, (place, 0), (b, 2 * F)), 0)
+            both_b2F = jnp.where(own_b[:, None], _read(both_M2F, place, b), 0)
             hidden_bF, back = jax.vjp(functools.partial(_gated, activation), both_b2F)
             (dinner_b2F,) = back(dout_bD @ down_FD.T)
             ddown_FD = ddown_FD + jnp.matmul(hidden_bF.T, dout_bD, preferred_element_type=wide)
             dboth_D2F = dboth_D2F + jnp.matmul(x_bD.T, dinner_b2F, preferred_element_type=wide)
-            return _write(dx_MD, dinner_b2F @ both_D2F.T, place), dboth_D2F, ddown_FD
+            return _write(dx_MD, dinner_b2F @ both_D2F.T, place, 0), dboth_D2F, ddown_FD
 
         dx_MD, *dweights = carry
         zeros = jnp.zeros((D, 2 * F), wide), jnp.zeros((F, D), wide)
         counted = order.first_E[e], order.counts_E[e]
         dx_MD, dboth_D2F, ddown_FD = _over_blocks(sizes, *counted, block, (dx_MD, *zeros))
         parts = (*jnp.split(dboth_D2F, 2, axis=1), ddown_FD)
-        put = jax.lax.dynamic_update_index_in_dim
-        return dx_MD, *(put(dw, part.astype(dw.dtype), e, 0) for dw, part in zip(dweights, parts, strict=True))
+        return dx_MD, *(_write(dw, part[None].astype(dw.dtype), e, 0) for dw, part in zip(dweights, parts, strict=True))
 
     carry = (jnp.zeros((choice_M.size, D), dtype), *(jnp.zeros_like(w) for w in weights))
     dx_MD, *dweights = _over_experts(order.counts_E, expert, carry)
@@ -172,12 +170,12 @@ def _blocks_backward(activation, sizes, kept, dout_NkD):
 _blocks.defvjp(_blocks_keeping, _blocks_backward)
 
 
-def blocks(x_ND, experts_Nk, weights, activation: str):
+def blocks(x_ND, experts_Nk, weights, activation: str, sizes: tuple[int, ...] | None = None):
     """Block by block, each one dense product with the weights of the expert that owns it, in loops as long as needed.
 
     Weights are cast an expert at a time, and their gradients are summed in at least float32 before they are cast back.
     """
-    sizes = block_sizes(jax.default_backend(), experts_Nk.size, weights[0].shape[0])
+    sizes = sizes or block_sizes(jax.default_backend(), experts_Nk.size, weights[0].shape[0])
     return _blocks(x_ND, experts_Nk, tuple(weights), activation, sizes)
 
 
@@ -234,7 +232,8 @@ def grouped_feedforward(x_ND, experts_Nk, weights, activation: str, form: str = 
     zero, and no work.
 
     `weights` are (gate [E, D, F], up [E, D, F], down [E, F, D]), cast to x's dtype. Differentiable in x and weights, and
-    deterministic. Under `jax.vmap` it is right but slow, as every member waits for the longest: fold members into N.
+    deterministic. Not for `jax.vmap`: fold members into N, as
+    `blocks` would let each wait for the longest, and `ragged` is refused by JAX.
     A form other than "auto" is run as asked; `choose_grouped` says whether that is wise on a platform.
     """
     if form == "auto":
