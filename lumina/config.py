@@ -44,9 +44,7 @@ class MoEConfig:
     noop_experts: int = 0  # further choices that do no work: a token decides its own depth, without seeing the future
     num_groups: int = 1  # group-limited choice: the experts in this many equal groups,
     top_groups: int = 1  # of which a token chooses from the best so many only
-    balance_over: str = (
-        "row"  # load in the balance loss is that of a row, micro_batch, or batch (of several: a third more work)
-    )
+    balance_over: str = "row"  # whose load the balance loss counts: row, micro_batch, or batch (of several: a third more work)
     grouped_form: str = "auto"  # of the dropless matrix products: auto, blocks or ragged
 
 
