@@ -141,7 +141,7 @@ def _routing(metrics: dict[str, Any]) -> dict[str, list]:
     flat = {}
     for group in ("moe", "mod"):
         for name, values in metrics.get(group, {}).items():
-            if name == "load_E":
+            if name == "load_A":
                 flat[f"{group}_load"] = (values / values.sum(axis=-1, keepdims=True)).tolist()
             else:
                 flat[f"{group}_{name}"] = values.tolist()

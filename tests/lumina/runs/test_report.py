@@ -192,7 +192,7 @@ def test_a_batch_of_no_text_has_figures_all_the_same(reporter):
 
 
 def test_routing_is_told_by_layer_and_loads_as_shares(reporter):
-    moe = {"load_E": np.array([[1, 3], [2, 2]]), "dropped": np.float32([0.25, 0.5])}
+    moe = {"load_A": np.array([[1, 3], [2, 2]]), "dropped": np.float32([0.25, 0.5])}
     reporter.dispatched(2, metrics(moe=moe, mod={"agreement": np.float32([0.75])}), True)
     reporter.flush()
     (record,) = read_json_lines(reporter.run.metrics)
