@@ -114,4 +114,6 @@ class MoD(nnx.Module):
 def _uniform(positions_BT, layer):
     """A number from 0 to 1 for each token, by its layer and position alone: the same in training and generation."""
     key = jax.random.fold_in(jax.random.key(0), layer)
-    return jax.vmap(jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position))))(positions_BT)
+    return jax.vmap(jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)))(
+        positions_BT
+    )
