@@ -139,7 +139,7 @@ class MoE(nnx.Module):
             experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.astype(z_BTD.dtype))
             if taken_BT is not None:
                 experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, alternatives)
-        weights = (self.experts.gate, self.experts.up, self.experts.down)
+        weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])
         if training and moe.dispatch == "capacity":
             slots = expert_capacity(self.model, x_BTD.shape[1])
             out_BTD, kept_BTk = experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation, slots)
