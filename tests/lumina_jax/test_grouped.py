@@ -217,6 +217,16 @@ def test_one_token_that_is_not_finite_spoils_only_its_own_experts():
         assert not np.all(np.isfinite(dw[1]))
 
 
+def test_ragged_does_not_rely_on_what_happens_to_rows_of_no_group(monkeypatch):
+    exact = jax.lax.ragged_dot
+
+    def last_group_takes_the_rest(rows, weights, counts_E):
+        return exact(rows, weights, counts_E.at[-1].add(rows.shape[0] - jnp.sum(counts_E)))
+
+    monkeypatch.setattr(jax.lax, "ragged_dot", last_group_takes_the_rest)
+    _check(lambda *arguments: ragged(*arguments), LOADS["some_take_none"])
+
+
 # -------------------------------------------------------------------------------------------------------------- order
 
 
@@ -259,6 +269,7 @@ def _rows_worked_on(monkeypatch, experts_Nk, num_experts, sizes):
 WORK = {
     # name: (experts [N, k], rows that sizes 16 and 4 make of it)
     "balanced": (np.arange(128).reshape(64, 2) % 8, 128),
+    "uneven": (np.where(np.arange(128).reshape(64, 2) < 100, 0, 3), 100 + 32),
     "all_to_one": (np.full((64, 2), 5), 128),
     "none": (np.full((64, 2), -1), 0),
     "half_take_none": (np.where(np.arange(64)[:, None] % 2, [[8, -1]], [[3, 4]]), 64),
@@ -274,6 +285,21 @@ def test_the_work_is_that_of_the_choices_and_not_of_all_experts(load, monkeypatc
     forward, both = _rows_worked_on(monkeypatch, experts_Nk, 8, (16, 4))
     assert forward == rows
     assert both == 2 * rows  # forward and backward; the pre-activations are kept, not recomputed
+
+
+def test_weights_of_experts_that_nobody_chose_are_not_even_read(monkeypatch):
+    read, of_expert = [], lumina_jax.grouped._of_expert
+
+    def counted(weights, e, dtype):
+        jax.debug.callback(lambda e: read.append(int(e)), e)
+        return of_expert(weights, e, dtype)
+
+    monkeypatch.setattr(lumina_jax.grouped, "_of_expert", counted)
+    x_ND, weights, _ = jax.tree.map(np.float32, _inputs(1, E=32))
+    experts_Nk = np.array([[30, 7]])
+    jax.block_until_ready(jax.jit(lambda x: blocks(x, experts_Nk, weights, "swiglu"))(x_ND))
+    jax.effects_barrier()
+    assert sorted(read) == [7, 30]
 
 
 def _traced(dtype, load="random", backward=True):
