@@ -186,6 +186,8 @@ class Loop:
         if reported is None:
             return
         self._told |= reported["stop"]
+        for says in reported["warnings"]:
+            self.events.write("routing", reported["step"], says)
         if reported["skipped"]:
             if must_rewind(self.config.guard, reported, self.progress.rewinds):
                 raise _Rewind(reported)

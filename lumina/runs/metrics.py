@@ -14,7 +14,8 @@ class MetricsLog:
     """Appends records to metrics.jsonl, and their numbers to TensorBoard. Going on from a step drops what came after it."""
 
     def __init__(self, run: RunDirectory, monitor: MonitorConfig, start: int, warn: Callable[[str], None]):
-        self._journal = Journal(run.metrics, warn, start)
+        self.path = run.metrics
+        self._journal = Journal(self.path, warn, start)
         self._run, self._warn = run, warn
         self._tensorboard = self._guarded(lambda: TensorBoard(run, start)) if monitor.tensorboard else None
 

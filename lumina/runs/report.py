@@ -17,8 +17,10 @@ from lumina.data.rows import Batches
 from lumina.runs.console import Console, Rate, printable, table
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal
+from lumina.runs.library import kind, last_lines
 from lumina.runs.metrics import MetricsLog
 from lumina.runs.progress import Progress
+from lumina.runs.routing import RECENT, ExpertWatch
 from lumina.runs.units import flops_per_second, gib, si
 
 
@@ -87,6 +89,7 @@ class Reporter:
         self.flops_at = functools.cache(lambda capacity: counts(at_capacity(config, capacity)).training_flops)
         self.rate = Rate()
         self.pending: tuple[int, Any, bool] | None = None  # step, metrics, update
+        self.watch = ExpertWatch(config, _recent(log) if log else [])
 
     def dispatched(self, step: int, metrics: Any, update: bool) -> dict[str, Any] | None:
         """Step `step` is under way, with an update or passing over its batch; report the one before it, as `flush` does."""
@@ -103,7 +106,7 @@ class Reporter:
 
     def flush(self) -> dict[str, Any] | None:
         """Report the step under way, waiting for it. Returns what the loop decides by: step, loss, gradient_norm, skipped (how
-        many in a row), row_numbers, and stop (whether a process was asked to)."""
+        many in a row), row_numbers, warnings (of the routers), and stop (whether a process was asked to)."""
         before, self.pending = self.pending, None
         return self._report(before)
 
@@ -128,21 +131,34 @@ class Reporter:
             rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
             without = {} if update and not skipped else {"update": "skipped" if update else "passed over"}
             self.ledger.append({"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows, **without})
+        warnings: list[str] = []
         if logged and self.log is not None:
-            self.log.write("train", {**record, **_routing(metrics)})
+            complete = {**record, **_routing(metrics)}
+            self.log.write("train", complete)
+            warnings = self.watch.warnings(complete)
         left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
         self.console.progress({**record, "seconds_left": left}, logged)
         decisive = {name: record[name] for name in ("step", "loss", "gradient_norm")}
-        return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), "stop": bool(metrics["stop"])}
+        told = {"warnings": warnings, "stop": bool(metrics["stop"])}
+        return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), **told}
+
+
+def _recent(log: MetricsLog) -> list[dict[str, Any]]:
+    """The newest train records of a run that goes on, as many as a warning is about."""
+
+    def train(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [record for record in records if kind(record) == "train"]
+
+    return train(last_lines(log.path, lambda records: len(train(records)) >= RECENT).records)
 
 
 def _routing(metrics: dict[str, Any]) -> dict[str, list]:
-    """The routers' metrics by layer: of experts their load (share of choices) and drops, of depth its causal capacity."""
+    """The routers' metrics by layer: of experts their load (share of choices, all zero without any), of depth its capacity."""
     flat = {}
     for group in ("moe", "mod"):
         for name, values in metrics.get(group, {}).items():
             if name == "load_A":
-                flat[f"{group}_load"] = (values / values.sum(axis=-1, keepdims=True)).tolist()
+                flat[f"{group}_load"] = (values / values.sum(axis=-1, keepdims=True).clip(min=1)).tolist()
             else:
                 flat[f"{group}_{name}"] = values.tolist()
     return flat

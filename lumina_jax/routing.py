@@ -1,0 +1,101 @@
+"""What the routers of a checkpoint decide about held-out text, token by token.
+
+B rows, T positions, D model width, A alternatives of an expert router, k choices, R rows in all, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lumina.architecture import layer_kinds
+from lumina.config import Config
+from lumina.data import Corpus
+from lumina.data.rows import Rows, segments_and_positions
+from lumina.runs.directory import RunDirectory
+from lumina.runs.routing import HeldOut
+from lumina_jax.attention import at_least_float32
+from lumina_jax.mesh import one_device, shaped_whole
+from lumina_jax.model import CAUSAL, Transformer, Variables, merge
+from lumina_jax.moe import MoE, route
+from lumina_jax.step import state_shapes
+
+
+class Choices(nnx.Module):
+    """A layer's experts, and in the metrics `experts_BTk`: what each token chose, -1 where it skips the layer."""
+
+    def __init__(self, moe: MoE):
+        self.moe = moe
+
+    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None):
+        out_BTD, metrics = self.moe(x_BTD, training, key_B, taken_BT)
+        z_BTD = at_least_float32(x_BTD)
+        logits_BTA = z_BTD @ self.moe.router.astype(z_BTD.dtype)
+        experts_BTk, _, _ = route(self.moe.model.moe, logits_BTA, self.moe.bias.astype(z_BTD.dtype))
+        if taken_BT is not None:
+            experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, -1)
+        return out_BTD, {**metrics, "experts_BTk": experts_BTk}
+
+
+def telling(model: Transformer) -> Transformer:
+    """The model with `experts_BTk` among the metrics of its expert layers."""
+    for blocks in model.segments:
+        for block in blocks:
+            if hasattr(block, "moe"):
+                block.moe = Choices(block.moe)
+    return model
+
+
+def decisions(
+    config: Config, graphdef: nnx.GraphDef, variables: Variables, tokens_RT: np.ndarray, end: int, step: int = 0
+) -> HeldOut:
+    """What the routers decide about rows of tokens, as in generation; `end` is the document end's id."""
+    dtype, R = jnp.dtype(config.train.compute_dtype), len(tokens_RT)
+    B = min(R, config.train.batch_size // config.train.micro_batches)
+    segments_RT, positions_RT = segments_and_positions(tokens_RT, end)
+
+    @jax.jit
+    def forward(variables: Variables, *rows_BT: Any) -> tuple[Any, Any]:
+        _, metrics, _ = telling(merge(graphdef, variables))(*rows_BT, dtype=dtype, mode=CAUSAL)
+        experts_LBTk = metrics["moe"]["experts_BTk"] if "moe" in metrics else jnp.zeros((0, *rows_BT[0].shape, 1), jnp.int32)
+        taken_LBT = metrics["mod"]["taken_BT"] if "mod" in metrics else jnp.zeros((0, *rows_BT[0].shape), bool)
+        return experts_LBTk, taken_LBT
+
+    found = []
+    for start in range(0, R, B):
+        numbers_B = np.minimum(np.arange(start, start + B), R - 1)  # the last batch is filled with the last row
+        experts_LBTk, taken_LBT = jax.device_get(
+            forward(variables, *(rows_RT[numbers_B] for rows_RT in (tokens_RT, segments_RT, positions_RT)))
+        )
+        found.append((experts_LBTk[:, : R - start], taken_LBT[:, : R - start]))
+    experts_LRTk, taken_LRT = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
+    return HeldOut(step, tokens_RT, _where_taken(config, experts_LRTk, taken_LRT), taken_LRT)
+
+
+def _where_taken(config: Config, experts_LRTk: np.ndarray, taken_LRT: np.ndarray) -> np.ndarray:
+    """-1 for what no row of a batch takes: then a layer does not run, and its metrics are zeros."""
+    kinds = layer_kinds(config.model)
+    of_experts = [i for i, kind in enumerate(kinds) if kind.startswith("moe")]
+    of_depth = [i for i, kind in enumerate(kinds) if kind.endswith("+mod")]
+    experts_LRTk = experts_LRTk.copy()
+    for place, layer in enumerate(of_experts):
+        if layer in of_depth:
+            experts_LRTk[place][~taken_LRT[of_depth.index(layer)]] = -1
+    return experts_LRTk
+
+
+def look(run: RunDirectory, config: Config, corpus: Corpus, rows: int, best: bool) -> HeldOut:
+    """One pass of the newest (or best) checkpoint over at most `rows` held-out rows, spread evenly.
+
+    Raises CheckpointError: there is no whole checkpoint, or one of another shape.
+    """
+    from lumina_jax import checkpoint  # orbax takes a second to import
+
+    shapes, graphdef = state_shapes(config)
+    state, step = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
+    held_out = Rows(corpus.held_out, config.data.sequence_length, corpus.document_end_id)
+    numbers_R = np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).astype(int)
+    tokens_RT = np.stack([held_out.row(int(number))[:-1] for number in numbers_R])
+    return decisions(config, graphdef, state.variables, tokens_RT, corpus.document_end_id, step)
