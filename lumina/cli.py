@@ -67,6 +67,13 @@ def run(arguments: list[str]) -> None:
 
         add(runs)
 
+    routing = commands.add_parser("routing", help="a page on what the routers of a run do, with advice", allow_abbrev=False)
+    routing.set_defaults(run=_routing)
+    if arguments[:1] == ["routing"]:
+        from lumina.runs.routing_page import add
+
+        add(routing)
+
     command = None
     if arguments[:1] == ["run"] and "--" in arguments:  # the command's own arguments are not for this parser to see
         split = arguments.index("--")
@@ -155,6 +162,17 @@ def _sample(arguments: argparse.Namespace) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
         print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
+
+
+def _routing(arguments: argparse.Namespace) -> None:
+    from lumina.runs.routing_page import tell
+
+    def look(*about: Any) -> Any:
+        from lumina_jax.routing import look
+
+        return look(*about)
+
+    tell(arguments, look)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -1,0 +1,327 @@
+"""`lumina routing`: one page that shows what the routers of a run do, in any browser, without a network.
+
+R rows, T positions, k choices, L layers, N tokens.
+"""
+
+import argparse
+import base64
+import json
+import sys
+from collections.abc import Callable, Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lumina.architecture import layer_kinds
+from lumina.config import Config
+from lumina.data import Corpus, prepare
+from lumina.errors import CheckpointError, DataError, LuminaError, UsageError
+from lumina.runs import library
+from lumina.runs.console import printable
+from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import finite
+from lumina.runs.routing import (
+    HeldOut,
+    History,
+    Typical,
+    advice,
+    by_position,
+    extremes,
+    read_history,
+    summary,
+    typical,
+    verdicts,
+)
+from lumina.runs.routing_plots import THEMES, draw, require_matplotlib
+from lumina.tokenizer import StreamDecoder, Tokenizer
+
+ROWS = 64
+LEAST_OF_EXPERT, LEAST_OF_DEPTH = 5, 10  # occurrences below which a token says nothing
+SHOWN = 12  # tokens of an expert or a side
+BINS = 64  # parts of a row
+SAMPLE = 1024  # tokens
+
+Look = Callable[[RunDirectory, Config, Corpus, int, bool], HeldOut]  # run, config, corpus, rows, best
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `lumina routing`."""
+    parser.add_argument("run_name", metavar="RUN", help="a run directory, or its name in runs/")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="where index.html and the plots go (default: RUN/routing)")
+    parser.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
+    parser.add_argument("--rows", metavar="N", type=int, default=ROWS, help=f"held-out rows to read; 0 is none (default: {ROWS})")
+    parser.add_argument("--json", action="store_true", help="history, verdicts and advice as one JSON object, and no page")
+
+
+def tell(arguments: argparse.Namespace, look: Look) -> None:
+    """Make the page, and print the advice and where the page is. `look` is the backend's pass over held-out text.
+
+    Raises:
+        UsageError: nothing in the run routes, matplotlib is missing, or the page cannot be written.
+        CheckpointError: --best, and there is no whole best checkpoint. Without --best the page says what is missing.
+    """
+    if arguments.rows < 0:
+        raise UsageError(f"--rows = {arguments.rows}: must be at least 0; 0 reads no held-out text")
+    run = library.find(arguments.run_name)
+    config = library.read_config(run)
+    if all(kind == "dense" for kind in layer_kinds(config.model)):
+        raise UsageError(
+            f"{run.path}: a dense run, no layer of it routes (model.moe.pattern and model.mod.pattern select none): "
+            "there is nothing to show"
+        )
+    if arguments.json:
+        history = read_history(run, config)
+        found = [verdict._asdict() for verdict in verdicts(history, config)]
+        about = {"run": str(run.path), **summary(history), "verdicts": found, "advice": advice(history, config)}
+        print(json.dumps(finite(about), indent=2))
+        return
+    require_matplotlib()
+    out = arguments.out or run.path / "routing"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        held_out, tokenizer, missing = _held_out(run, config, arguments.rows, arguments.best, look)
+        history = read_history(run, config)
+        position_Ln = by_position(held_out.taken_LRT, BINS) if held_out else None
+        plots = draw(out, history, config, position_Ln)
+        images = {name: [(out / f"{name}{theme.suffix}.png").read_bytes() for theme in THEMES] for name in plots}
+        text = page(run.path.absolute().name, history, config, images, held_out, tokenizer, missing)
+        (out / "index.html").write_text(text, encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"{error.filename or out}: {error.strerror}; choose another --out") from error
+    for says in advice(history, config):
+        print(printable(f"- {says}"))
+    if missing:
+        print(printable(f"- held-out text was not looked at: {missing}"))
+    print(printable(str(out / "index.html")))
+
+
+def _held_out(
+    run: RunDirectory, config: Config, rows: int, best: bool, look: Look
+) -> tuple[HeldOut | None, Tokenizer | None, str]:
+    """What the routers decide about held-out text, with its tokenizer, or why that cannot be told."""
+    if rows == 0:
+        return None, None, "--rows=0"
+    try:
+        corpus = prepare(config.data, config.model.vocab_size, lambda line: print(printable(line), file=sys.stderr))
+        run.check_same_data(corpus.manifest | {"fingerprint": corpus.fingerprint})
+        return look(run, config, corpus, rows, best), corpus.tokenizer, ""
+    except (DataError, CheckpointError, UsageError) as error:
+        if best and isinstance(error, CheckpointError):
+            raise
+        return None, None, _why(error)
+
+
+def _why(error: LuminaError) -> str:
+    return str(error).split("; restore the data")[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- page
+
+
+def page(
+    name: str,
+    history: History,
+    config: Config,
+    images: dict[str, list[bytes]],
+    held_out: HeldOut | None,
+    tokenizer: Tokenizer | None,
+    missing: str,
+) -> str:
+    """The whole page: all that a run or its text brings into it is escaped."""
+    shown = Shown(tokenizer) if tokenizer else None
+    body = [f"<h1>Routing of {escape(name)}</h1>", f"<p class=faint>{escape(_facts(history, config, held_out))}</p>"]
+    items = "".join(f"<li>{escape(says)}</li>" for says in advice(history, config))
+    body.append(f"<section><h2>What to do</h2><ul class=advice>{items}</ul></section>")
+    if history.moe_layers:
+        body.append("<section><h2>Experts</h2>")
+        body.append(_figure(images, "load", "A row an expert, a column a log step. Even colours are even loads."))
+        body.append(_figure(images, "experts", "Drops are of training alone; evaluation and generation drop nothing."))
+        if held_out and shown:
+            body.append(_typical_tokens(history, config, held_out, shown))
+        body.append("</section>")
+    if history.mod_layers:
+        body.append("<section><h2>Depth</h2>")
+        body.append(_figure(images, "depth", "What generation would take, and how well it foresees what training takes."))
+        body.append(_figure(images, "position", "Bands across positions would mean that place decides, not content."))
+        if held_out and shown:
+            body += [_takers_and_skippers(history, held_out, shown), _sample(history, held_out, shown)]
+        body.append("</section>")
+    if missing:
+        body.append(f"<p class=faint>Held-out text was not looked at: {escape(missing)}</p>")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        f"<title>Routing of {escape(name)}</title><style>{STYLE}{_shades(len(history.mod_layers))}</style></head>"
+        f"<body><main>{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _facts(history: History, config: Config, held_out: HeldOut | None) -> str:
+    moe, mod, facts = config.model.moe, config.model.mod, []
+    if history.steps:
+        facts.append(f"{len(history.steps)} log points, steps {history.steps[0]} to {history.steps[-1]}")
+    if history.left_out:
+        facts.append(f"{history.left_out} records of another shape left out")
+    if history.moe_layers:
+        noops = f" and {moe.noop_experts} no-op" if moe.noop_experts else ""
+        facts.append(f"{moe.num_experts} experts{noops}, top-{moe.top_k}, in {len(history.moe_layers)} layers")
+    if history.mod_layers:
+        scope = "whole block" if mod.scope == "block" else "feed-forward"
+        facts.append(f"depth {mod.capacity:g} of the {scope} in {len(history.mod_layers)} layers")
+    if held_out:
+        facts.append(f"{held_out.tokens_RT.size:,} held-out tokens, read with the checkpoint of step {held_out.step}")
+    return "; ".join(facts) + ". Layers and experts count from 0, as in tensor names."
+
+
+def _figure(images: dict[str, list[bytes]], name: str, says: str) -> str:
+    if name not in images:
+        return ""
+    light, dark = ("data:image/png;base64," + base64.b64encode(data).decode() for data in images[name])
+    return (
+        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+        f'<img src="{light}" alt="{escape(name)}: {escape(says)}"></picture><figcaption>{escape(says)}</figcaption></figure>'
+    )
+
+
+def _typical_tokens(history: History, config: Config, held_out: HeldOut, shown: "Shown") -> str:
+    tokens_N = held_out.tokens_RT.ravel()
+    parts = [
+        "<h3>Typical tokens of each expert</h3><p class=faint>By lift: how many times more often than in the text. "
+        f"Tokens that an expert has at least {LEAST_OF_EXPERT} times; the percentage is its share of the layer's choices.</p>"
+    ]
+    moe = config.model.moe
+    for place, layer in enumerate(history.moe_layers):
+        chosen_Nk = held_out.experts_LRTk[place].reshape(tokens_N.size, -1)
+        made = max(1, int((chosen_Nk >= 0).sum()))
+        rows = []
+        for alternative in range(moe.num_experts + moe.noop_experts):
+            is_noop = alternative >= moe.num_experts
+            among_N = (chosen_Nk == alternative).sum(axis=1)
+            found = typical(tokens_N, among_N, LEAST_OF_EXPERT, SHOWN)
+            share = among_N.sum() / made
+            chips = _chips(found, shown, lambda each: f"{each.count} times, lift {each.lift:.1f}")
+            nothing = "none often enough" if among_N.any() else "no token"
+            name = f"no-op {alternative - moe.num_experts}" if is_noop else f"{alternative}"
+            rows.append(
+                f"<tr><th>{name}</th><td class=share>{100 * share:.1f}%</td>"
+                f"<td>{chips or f'<span class=faint>{nothing}</span>'}</td></tr>"
+            )
+        body = f"<div class=wide><table>{''.join(rows)}</table></div>"
+        parts.append(f"<details{' open' if place == 0 else ''}><summary>layer {layer}</summary>{body}</details>")
+    return "".join(parts)
+
+
+def _takers_and_skippers(history: History, held_out: HeldOut, shown: "Shown") -> str:
+    tokens_N = held_out.tokens_RT.ravel()
+    parts = [
+        "<h3>Tokens that take each layer, and that skip it</h3><p class=faint>The share of its occurrences in which a token "
+        f"takes the layer, of tokens that occur at least {LEAST_OF_DEPTH} times.</p>"
+    ]
+    for place, layer in enumerate(history.mod_layers):
+        taken_N = held_out.taken_LRT[place].ravel()
+        sides = zip(("take", "skip"), extremes(tokens_N, taken_N, LEAST_OF_DEPTH, SHOWN), strict=True)
+        rows = []
+        for side, found in sides:
+            chips = _chips(found, shown, lambda each: f"{each.count} times, taken {100 * each.share:.0f}%", share=True)
+            rows.append(f"<tr><th>{side}</th><td>{chips or '<span class=faint>none stands out</span>'}</td></tr>")
+        body = f"<div class=wide><table>{''.join(rows)}</table></div>"
+        summary_line = f"layer {layer}, taken by {100 * taken_N.mean():.0f}%"
+        parts.append(f"<details{' open' if place == 0 else ''}><summary>{summary_line}</summary>{body}</details>")
+    return "".join(parts)
+
+
+def _chips(found: Iterable[Typical], shown: "Shown", says: Callable[[Typical], str], share: bool = False) -> str:
+    """Tokens as they are read, each with its figure."""
+    chips = []
+    for each in found:
+        figure = f"{100 * each.share:.0f}%" if share else f"{each.lift:.1f}"
+        chips.append(f'<span class=chip title="{escape(says(each))}"><code>{shown.token(each.token)}</code>{figure}</span>')
+    return " ".join(chips)
+
+
+def _sample(history: History, held_out: HeldOut, shown: "Shown") -> str:
+    """The first row, each token shaded by how many layers it takes."""
+    L, layers = len(history.mod_layers), np.array(history.mod_layers)
+    tokens_T, taken_LT = held_out.tokens_RT[0][:SAMPLE], held_out.taken_LRT[:, 0, :SAMPLE]
+    spans = []
+    for text, t in shown.text(tokens_T):
+        taken = taken_LT[:, t]
+        which = ", ".join(str(layer) for layer in layers[taken]) or "none"
+        spans.append(f'<span class=d{taken.sum()} title="takes layers: {which}">{text}</span>')
+    legend = " ".join(f"<span class=d{depth}>&nbsp;{depth}&nbsp;</span>" for depth in _some(L))
+    return (
+        f"<h3>Held-out text, by how many of its {L} layers with depth a token takes</h3><p>{legend}</p>"
+        f"<pre class=sample>{''.join(spans)}</pre>"
+    )
+
+
+def _some(most: int) -> list[int]:
+    """At most nine numbers from 0 to `most`."""
+    return sorted({round(most * part / min(most, 8)) for part in range(min(most, 8) + 1)})
+
+
+def _shades(most: int) -> str:
+    return "".join(f".d{depth}{{--depth:{depth / most:.3f}}}" for depth in range(most + 1)) if most else ""
+
+
+class Shown:
+    """Tokens as text that is safe in a page: nothing in them is markup, and nothing is invisible."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def token(self, token: int) -> str:
+        """One token; bytes that are no text by themselves are spelled out."""
+        piece = self.tokenizer.decode_bytes([token])
+        if not piece:
+            return escape(visible(self.tokenizer.decode([token])))
+        try:
+            return escape(visible(piece.decode("utf-8")))
+        except UnicodeDecodeError:
+            return escape("".join(f"\\x{byte:02x}" for byte in piece))
+
+    def text(self, tokens_T: np.ndarray) -> Iterable[tuple[str, int]]:
+        """(text, place of the token that completes it): a character of several tokens appears with the last one."""
+        decoder = StreamDecoder(self.tokenizer)
+        for t, token in enumerate(tokens_T):
+            if text := decoder.feed(int(token)):
+                yield escape(_spelled(text)).replace("\n", "<span class=faint>↵</span>\n"), t
+
+
+def visible(text: str) -> str:
+    """`text` with a sign for each space, tab and line end, and characters that no one sees spelled out."""
+    return _spelled(text.replace(" ", "␣")).replace("\n", "↵").replace("\t", "⇥")
+
+
+def _spelled(text: str) -> str:
+    """Control and formatting characters as escapes, such as those that turn the direction of writing."""
+    return "".join(c if c.isprintable() or c in " \n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
+STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1d2330;--faint:#667085;--line:#e1e5ec;--chip:#f1f4f9;--shade:31 119 180}
+@media(prefers-color-scheme:dark){:root{--paper:#171b24;--ink:#e3e7ef;--faint:#98a2b3;--line:#2b3241;--chip:#232a38;
+--shade:64 150 214}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+main{max-width:52rem;margin:0 auto;padding:1rem}
+h1{font-size:1.5rem;margin:.5rem 0}h2{font-size:1.2rem;margin:2rem 0 .5rem;border-bottom:1px solid var(--line)}
+h3{font-size:1rem;margin:1.5rem 0 .25rem}
+.faint{color:var(--faint);font-size:.875rem}
+.advice li{margin:.5rem 0}
+figure{margin:1rem 0}img{width:100%;height:auto;display:block}figcaption{color:var(--faint);font-size:.875rem}
+summary{cursor:pointer;padding:.25rem 0;font-weight:600}
+.wide{overflow-x:auto}table{border-collapse:collapse;width:100%}
+th,td{padding:.3rem .5rem;border-top:1px solid var(--line);text-align:left;vertical-align:top}
+th{white-space:nowrap}.share{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.chip{display:inline-block;background:var(--chip);border-radius:.35rem;padding:0 .4rem;margin:.1rem 0;font-size:.75rem;
+color:var(--faint)}
+.chip code{color:var(--ink);font-size:.875rem;margin-right:.4rem}
+.sample{white-space:pre-wrap;font:.875rem/1.7 ui-monospace,monospace;border:1px solid var(--line);border-radius:.35rem;
+padding:.75rem}
+[class^=d]{background:rgb(var(--shade)/calc(var(--depth)*.6));border-radius:.15rem}
+"""
