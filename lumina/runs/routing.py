@@ -15,6 +15,7 @@ from lumina.architecture import depth_capacity_at, layer_kinds
 from lumina.config import Config
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
+from lumina.runs.ledger import spans
 
 RECENT = 5  # log steps that a verdict is about; fewer say nothing
 LONG = 10  # log steps after which a router that is still uniform has had its time
@@ -26,7 +27,7 @@ CERTAIN = 0.1  # entropy
 OFF = 0.1  # realised causal capacity less the configured one
 SKILL = 0.5  # of the way from a decision that is always the same to one that is always right
 NOOPS_UNUSED, NOOPS_ALONE = 0.01, 0.9  # share of choices that do no work
-NAMED = 6  # layers that one piece of advice names
+NAMED = 4  # layers that one piece of advice tells of, and experts of a layer each with its step
 
 
 # ----------------------------------------------------------------------------------------------------------- history
@@ -212,6 +213,9 @@ def _experts_since(experts: list[tuple[int, int | None]], layer: int, what: str)
     steps = {since for _, since in experts}
     if len(steps) == 1:
         names, since = _and([str(e) for e, _ in experts]), _since_step(experts[0][1])
+    elif len(experts) > NAMED:
+        since = f"{_since_step(min(step for step in steps if step is not None))} (the first of them)"
+        return f"{len(experts)} experts of layer {layer} ({spans([e for e, _ in experts], '').strip('s ')}) have {what}{since}"
     else:
         names, since = _and([f"{e}{_in_brackets(_since_step(step))}" for e, step in experts]), ""
     return f"{'expert' if len(experts) == 1 else 'experts'} {names} of layer {layer} {_has(experts)} {what}{since}"
@@ -368,8 +372,7 @@ def _verdict(kind: str, cases: list[_Case], remedy: str) -> list[Verdict]:
     """One verdict for all layers in the same state; none without any."""
     if not cases:
         return []
-    more = len(cases) - NAMED
-    rest = f"; so do {more} layers more ({_and([str(case.layer) for case in cases[NAMED:]])})" if more > 0 else ""
+    rest = f"; and so on in {spans([case.layer for case in cases[NAMED:]], 'layer')}" if cases[NAMED:] else ""
     told = "; ".join(case.says for case in cases[:NAMED])
     return [Verdict(kind, [case.layer for case in cases], f"{told}{rest}: {remedy}")]
 

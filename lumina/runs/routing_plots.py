@@ -58,6 +58,7 @@ def draw(out: Path, history: History, config: Config, position_Ln: np.ndarray | 
 
 def _save(path: Path, theme: Theme, plot: Callable[[Any, Theme], None]) -> None:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     style = {
@@ -75,9 +76,10 @@ def _save(path: Path, theme: Theme, plot: Callable[[Any, Theme], None]) -> None:
         **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), theme.ink),
     }
     with matplotlib.rc_context(style):
-        figure = Figure(layout="constrained")  # no pyplot: nothing global, no display
+        figure = Figure(layout="constrained")
+        canvas = FigureCanvasAgg(figure)  # no display, whatever the user's own settings
         plot(figure, theme)
-        figure.savefig(path, dpi=DOTS, format="png")
+        canvas.print_figure(path, dpi=DOTS, format="png")
 
 
 # ----------------------------------------------------------------------------------------------------------- experts
@@ -90,12 +92,12 @@ def _load(figure: Any, theme: Theme, history: History) -> None:
     A, L = history.load_SLA.shape[-1], len(history.moe_layers)
     columns = 1 if L <= 6 else 2 if L <= 24 else 3
     rows = -(-L // columns)
-    figure.set_size_inches(WIDTH if columns < 3 else 1.4 * WIDTH, 0.95 + rows * (min(max(0.17 * A, 1.0), 3.0) + 0.45))
+    height = min(max(0.17 * A, 1.0), 3.0 if columns == 1 else 1.7)
+    figure.set_size_inches(WIDTH if columns < 3 else 1.4 * WIDTH, 0.95 + rows * (height + 0.45))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     relative_SLA = history.load_SLA * A
     highest = max(2.0, float(np.nanquantile(relative_SLA, 0.995)))
-    palette = colormaps[MAP].copy()
-    palette.set_under(NONE)
+    palette = colormaps[MAP].with_extremes(under=NONE)
     for place, panel in enumerate(panels.flat):
         if place >= L:
             panel.set_visible(False)
@@ -110,7 +112,7 @@ def _load(figure: Any, theme: Theme, history: History) -> None:
             rasterized=True,
         )
         panel.set_title(f"layer {history.moe_layers[place]}")
-        panel.set_yticks(*_alternatives(A, history.num_experts))
+        panel.set_yticks(*_alternatives(A, history.num_experts, round(6.5 * height)))
         panel.invert_yaxis() if place == 0 else None  # shared by all
         panel.tick_params(length=2)
         panel.spines[:].set_visible(False)
@@ -120,23 +122,18 @@ def _load(figure: Any, theme: Theme, history: History) -> None:
         last = max(row for row in range(rows) if row * columns + column < L)
         panels[last, column].set_xlabel("step")
         panels[last, column].tick_params(labelbottom=True)
-    bar = figure.colorbar(image, ax=panels, location="top", aspect=45, extend="min", extendfrac=0.04, pad=0.02)
-    ticks = _ticks(highest)
-    bar.set_ticks(ticks, labels=["1 = uniform" if tick == 1 else f"{tick:g}" for tick in ticks])
+        _whole_steps(panels[last, column], most=8 // columns)
+    pad = 0.12 / (rows * (height + 0.45))
+    bar = figure.colorbar(image, ax=panels, location="top", aspect=45, extend="min", extendfrac=0.04, pad=pad)
+    bar.ax.xaxis.set_major_locator(_whole_numbers(8))
     bar.ax.axvline(1, color="white", linewidth=1.6)
-    bar.set_label("load of an expert, times a uniform share; orange: no token at all")
+    bar.set_label("load over a uniform share (white: 1, uniform; orange: no token)")
     bar.outline.set_visible(False)
 
 
-def _ticks(highest: float) -> list[float]:
-    """0, 1 and some up to `highest`, without crowding."""
-    every = max(1, round(highest / 5))
-    return [0.0, 1.0, *(float(tick) for tick in range(1 + every, int(highest) + 1, every))]
-
-
-def _alternatives(A: int, E: int) -> tuple[list[int], list[str]]:
-    """Places and names of the alternatives that an axis has room for; those beyond the experts do no work."""
-    every = max(1, -(-A // 16))
+def _alternatives(A: int, E: int, room: int) -> tuple[list[int], list[str]]:
+    """Places and names of `room` alternatives at most; those beyond the experts do no work."""
+    every = max(1, -(-A // room))
     places = [a for a in range(A) if a % every == 0]
     return places, [str(a) if a < E else f"no-op {a - E}" for a in places]
 
@@ -155,11 +152,12 @@ def _experts(figure: Any, theme: Theme, history: History) -> None:
         panel.set_title(title)
         panel.set_ylabel(unit)
         if mark:
-            _mark(panel, theme, *mark)
+            _mark(panel, theme, *mark, above=panel is panels[1])
     panels[0].set_ylim(bottom=0, top=max(1.0, 105 * float(np.nanmax(history.dropped_SL))))
-    panels[1].set_ylim(0, 1.05)
+    panels[1].set_ylim(0, 1.15)
     panels[2].set_ylim(bottom=0)
     panels[-1].set_xlabel("step")
+    _whole_steps(panels[-1])
     _name_layers(figure, panels, history.moe_layers)
 
 
@@ -173,7 +171,7 @@ def _depth(figure: Any, theme: Theme, history: History, config: Config) -> None:
     figure.set_size_inches(WIDTH, height + 3.9)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(height, 2.0))
     wanted = depth_capacity_at(config.model.mod, max(history.steps[-1] - 1, 0))
-    _layers_map(figure, above, history.mod_layers, _edges(history.steps), history.capacity_SL.T, wanted)
+    _layers_map(figure, above, height, history.mod_layers, _edges(history.steps), history.capacity_SL.T, wanted)
     above.set_title("tokens that take each layer, by the causal decision")
     _lines(below, theme, history.steps, history.mod_layers, 100 * history.agreement_SL)
     below.set_title("agreement of that decision with the top-k of training")
@@ -181,21 +179,26 @@ def _depth(figure: Any, theme: Theme, history: History, config: Config) -> None:
     below.set_ylim(min(50.0, 100 * float(np.nanmin(history.agreement_SL)) - 5), 101)
     _mark(below, theme, 100 * max(wanted, 1 - wanted), "always deciding the same")
     below.set_xlabel("step")
+    _whole_steps(below)
     _name_layers(figure, below, history.mod_layers)
 
 
 def _position(figure: Any, theme: Theme, layers: list[int], position_Ln: np.ndarray, config: Config) -> None:
     """Share of tokens that take each layer, by place in the row."""
     L, n = position_Ln.shape
-    figure.set_size_inches(WIDTH, min(max(0.32 * L, 1.0), 5.0) + 1.5)
+    height = min(max(0.32 * L, 1.0), 5.0)
+    figure.set_size_inches(WIDTH, height + 1.5)
     panel = figure.subplots()
     T = config.data.sequence_length
-    _layers_map(figure, panel, layers, np.linspace(0, T, n + 1), position_Ln, config.model.mod.capacity)
+    _layers_map(figure, panel, height, layers, np.linspace(0, T, n + 1), position_Ln, config.model.mod.capacity)
     panel.set_title("tokens that take each layer, by place in the row (held-out text)")
     panel.set_xlabel("position in the row")
 
 
-def _layers_map(figure: Any, panel: Any, layers: list[int], edges: np.ndarray, share: np.ndarray, wanted: float) -> None:
+def _layers_map(
+    figure: Any, panel: Any, height: float, layers: list[int], edges: np.ndarray, share: np.ndarray, wanted: float
+) -> None:
+    """A row a layer; `edges` between the columns, `share` from 0 to 1, `wanted` marked in the colour bar."""
     image = panel.pcolormesh(edges, np.arange(len(layers) + 1) - 0.5, 100 * share, cmap=MAP, vmin=0, vmax=100, rasterized=True)
     every = max(1, -(-len(layers) // 16))
     panel.set_yticks(range(0, len(layers), every), labels=[str(layer) for layer in layers[::every]])
@@ -203,7 +206,7 @@ def _layers_map(figure: Any, panel: Any, layers: list[int], edges: np.ndarray, s
     panel.set_ylabel("layer")
     panel.tick_params(length=2)
     panel.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=panel, location="top", aspect=45, pad=0.03)
+    bar = figure.colorbar(image, ax=panel, location="top", aspect=45, pad=0.14 / height)
     bar.ax.axvline(100 * wanted, color="white", linewidth=1.6)
     bar.set_label(f"% of tokens; white: the capacity that is set, {100 * wanted:.3g}%")
     bar.outline.set_visible(False)
@@ -219,6 +222,16 @@ def _edges(steps: list[int]) -> np.ndarray:
     steps_S = np.array(steps, float)
     middle = (steps_S[1:] + steps_S[:-1]) / 2
     return np.array([steps_S[0] - (middle[0] - steps_S[0]), *middle, steps_S[-1] + (steps_S[-1] - middle[-1])])
+
+
+def _whole_numbers(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most, integer=True, steps=[1, 2, 5, 10])
+
+
+def _whole_steps(panel: Any, most: int = 8) -> None:
+    panel.xaxis.set_major_locator(_whole_numbers(most))
 
 
 def _colours(count: int) -> list[Any]:
@@ -237,17 +250,17 @@ def _lines(panel: Any, theme: Theme, steps: list[int], layers: list[int], values
     panel.tick_params(length=2)
 
 
-def _mark(panel: Any, theme: Theme, value: float, says: str) -> None:
-    """A dashed line, and what it stands for below it."""
+def _mark(panel: Any, theme: Theme, value: float, says: str, above: bool = False) -> None:
+    """A dashed line, and what it stands for below it, or above it."""
     panel.axhline(value, color=theme.ink, linewidth=1, linestyle=(0, (4, 3)), alpha=0.7)
     panel.annotate(
         says,
         (1, value),
         xycoords=("axes fraction", "data"),
-        xytext=(-4, -3),
+        xytext=(-4, 2 if above else -3),
         textcoords="offset points",
         ha="right",
-        va="top",
+        va="bottom" if above else "top",
         fontsize=8.5,
         color=theme.ink,
         alpha=0.85,
