@@ -70,9 +70,9 @@ def run(arguments: list[str]) -> None:
     routing = commands.add_parser("routing", help="a page on what the routers of a run do, with advice", allow_abbrev=False)
     routing.set_defaults(run=_routing)
     if arguments[:1] == ["routing"]:
-        from lumina.runs.routing_page import add
+        from lumina.runs import routing_page
 
-        add(routing)
+        routing_page.add(routing)
 
     command = None
     if arguments[:1] == ["run"] and "--" in arguments:  # the command's own arguments are not for this parser to see

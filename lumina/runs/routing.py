@@ -167,7 +167,7 @@ def advice(history: History, config: Config) -> list[str]:
 
 
 def verdicts(history: History, config: Config) -> list[Verdict]:
-    """What the last RECENT log steps show, and since when; a single `few` where there are fewer, a `healthy` where all is well."""
+    """What the last RECENT log steps show, and since when: one `few` where there are fewer, a `healthy` where all is well."""
     count = len(history.steps)
     if count < RECENT:
         every = config.monitor.log_every
@@ -349,8 +349,10 @@ def _healthy(history: History) -> Verdict:
     if history.moe_layers:
         peak = history.peak_SL[recent].mean(axis=0).max()
         dropped = history.dropped_SL[recent].mean(axis=0).max()
-        of = f"all {history.num_experts} experts of " + ("every layer with experts" if len(history.moe_layers) > 1 else "the layer")
-        said += [f"{of} are in use", f"the busiest has {peak:.1f} times the mean load", f"drops are at most {_percent(dropped)}"]
+        where = "every layer that has them" if len(history.moe_layers) > 1 else f"layer {history.moe_layers[0]}"
+        said.append(f"all {history.num_experts} experts of {where} are in use")
+        said.append(f"the busiest has {peak:.1f} times the mean load")
+        said.append(f"drops are at most {_percent(dropped)}")
     if history.mod_layers:
         low, high = (f(history.capacity_SL[recent].mean(axis=0)) for f in (np.min, np.max))
         takes = _percent(low) if _percent(low) == _percent(high) else f"{_percent(low)} to {_percent(high)}"
@@ -443,7 +445,7 @@ class ExpertWatch:
     def _says(self, layer: int, experts: list[int]) -> str:
         names = _and([str(expert) for expert in experts])
         who = f"{'expert' if len(experts) == 1 else 'experts'} {names} of layer {layer} {_has(experts)}"
-        return f"{who} had no token for {RECENT} log steps; `lumina routing` says what to set"
+        return f"{who} had no token for {RECENT} log steps; `lumina routing` says what to do"
 
 
 # ---------------------------------------------------------------------------------------------------- held-out text
@@ -465,7 +467,7 @@ class Typical(NamedTuple):
     """A token and how much more often than any other place it is found among some."""
 
     token: int
-    count: int  # among them
+    times: int  # among them
     share: float  # of its occurrences that are among them
     lift: float  # its share of them over its share of the text
 

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -51,7 +50,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_name", metavar="RUN", help="a run directory, or its name in runs/")
     parser.add_argument("--out", metavar="DIR", type=Path, help="where index.html and the plots go (default: RUN/routing)")
     parser.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
-    parser.add_argument("--rows", metavar="N", type=int, default=ROWS, help=f"held-out rows to read; 0 is none (default: {ROWS})")
+    parser.add_argument("--rows", metavar="N", type=int, default=ROWS, help=f"held-out rows to read (default: {ROWS}; 0: none)")
     parser.add_argument("--json", action="store_true", help="history, verdicts and advice as one JSON object, and no page")
 
 
@@ -203,7 +202,7 @@ def _typical_tokens(history: History, config: Config, held_out: HeldOut, shown: 
             among_N = (chosen_Nk == alternative).sum(axis=1)
             found = typical(tokens_N, among_N, LEAST_OF_EXPERT, SHOWN)
             share = among_N.sum() / made
-            chips = _chips(found, shown, lambda each: f"{each.count} times, lift {each.lift:.1f}")
+            chips = _chips(found, shown, lambda each: f"{each.times} times, lift {each.lift:.1f}")
             nothing = "none often enough" if among_N.any() else "no token"
             name = f"no-op {alternative - moe.num_experts}" if is_noop else f"{alternative}"
             rows.append(
@@ -226,7 +225,7 @@ def _takers_and_skippers(history: History, held_out: HeldOut, shown: "Shown") ->
         sides = zip(("take", "skip"), extremes(tokens_N, taken_N, LEAST_OF_DEPTH, SHOWN), strict=True)
         rows = []
         for side, found in sides:
-            chips = _chips(found, shown, lambda each: f"{each.count} times, taken {100 * each.share:.0f}%", share=True)
+            chips = _chips(found, shown, lambda each: f"{each.times} times, taken {100 * each.share:.0f}%", share=True)
             rows.append(f"<tr><th>{side}</th><td>{chips or '<span class=faint>none stands out</span>'}</td></tr>")
         body = f"<div class=wide><table>{''.join(rows)}</table></div>"
         summary_line = f"layer {layer}, taken by {100 * taken_N.mean():.0f}%"

@@ -61,7 +61,7 @@ def _save(path: Path, theme: Theme, plot: Callable[[Any, Theme], None]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: Any = {
         "font.size": 10,
         "axes.titlesize": 10.5,
         "axes.titlelocation": "left",

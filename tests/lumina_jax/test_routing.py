@@ -3,13 +3,15 @@
 R rows, T positions, k choices, L layers.
 """
 
+import jax
 import numpy as np
 import pytest
-from tests.lumina_jax.tiny import T, V, random_batch, tiny
 
 from lumina.architecture import layer_kinds
+from lumina.data.rows import segments_and_positions
 from lumina_jax.model import CAUSAL, create, merge
 from lumina_jax.routing import decisions, telling
+from tests.lumina_jax.tiny import T, V, random_batch, tiny
 
 END = 7
 
@@ -25,12 +27,11 @@ def decided(config, tokens_RT):
 
 def own_metrics(config, graphdef, variables, tokens_RT):
     """What the model itself tells, of all rows at once."""
-    from lumina.data.rows import segments_and_positions
 
-    _, metrics, _ = merge(graphdef, variables)(
-        tokens_RT, *segments_and_positions(tokens_RT, END), dtype=np.float32, mode=CAUSAL
-    )
-    return metrics
+    def forward(variables, *rows):
+        return merge(graphdef, variables)(*rows, dtype=np.float32, mode=CAUSAL)[1]
+
+    return jax.jit(forward)(variables, tokens_RT, *segments_and_positions(tokens_RT, END))
 
 
 CASES = {

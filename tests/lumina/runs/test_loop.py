@@ -81,6 +81,7 @@ class World:
         self.losses = {}  # of the batch that a step reads; 1 / step otherwise
         self.held_out = {}  # after a step; 1 / step otherwise
         self.at = {}  # what happens while a step is dispatched
+        self.routers = {}  # metrics of a step that has any
         self.set(**changes)
 
     def set(self, **changes):
@@ -101,7 +102,7 @@ class World:
         skipped = state.skipped if not update else 0 if good else state.skipped + 1
         rows = tuple((batch["inputs"][:, 0] // T).tolist()) if update and good else ()
         metrics = {"loss": loss, "text_bytes": 9, "accuracy": 0.5, "learning_rate": 0.1, "gradient_norm": 1.0}
-        return State(step, state.rows + rows, skipped), {**metrics, "skipped": skipped, "stop": int(stop)}
+        return State(step, state.rows + rows, skipped), {**metrics, **self.routers, "skipped": skipped, "stop": int(stop)}
 
     def evaluate(self, state, alive):
         self.said.append(("evaluate", state.step))
@@ -117,7 +118,7 @@ class World:
         backend = Backend(
             fresh=State,
             train_step=self.train_step,
-            fetch=lambda metrics: {name: np.asarray(value) for name, value in metrics.items()},
+            fetch=lambda metrics: {name: v if isinstance(v, dict) else np.asarray(v) for name, v in metrics.items()},
             steps_of=lambda state: state.step,
             evaluate=self.evaluate,
             sample=self.sample,
@@ -384,6 +385,15 @@ def test_a_skipped_update_is_told_of_with_its_rows_and_training_goes_on(world):
     assert f"step 5: loss is nan (rows {rows[8]}, {rows[9]}): update skipped, 1 in a row" in world.stderr.getvalue()
     updates = {r["step"]: r.get("update") for r in read_json_lines(world.run.ledger) if "loss" in r}
     assert updates == {n: "skipped" if n == 5 else None for n in range(1, 9)}
+
+
+def test_an_expert_without_tokens_is_an_event_and_told_of_once_though_the_run_stops_and_goes_on(world):
+    world.config.model.moe.pattern, world.config.model.moe.num_experts = "0", 2
+    world.routers = {"moe": {"load_A": np.array([[2 * T, 0]])}}
+    world.go(train__steps=6)
+    world.go(train__steps=9)
+    assert [event for event in world.events if event[0] == "routing"] == [("routing", 5)]
+    assert world.stderr.getvalue().count("expert 1 of layer 0 has had no token for 5 log steps") == 1
 
 
 def test_a_run_of_skips_ends_the_run_without_saving_its_state(world):

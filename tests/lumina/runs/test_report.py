@@ -204,6 +204,70 @@ def test_routing_is_told_by_layer_and_loads_as_shares(reporter):
     )
 
 
+def test_a_layer_without_any_choices_has_no_load(reporter):
+    assert report._routing({"moe": {"load_A": np.array([[0, 0], [1, 0]])}}) == {"moe_load": [[0.0, 0.0], [1.0, 0.0]]}
+
+
+def starving(step):
+    return metrics(moe={"load_A": np.array([[4, 0]])})
+
+
+@pytest.fixture
+def with_experts(reporter):
+    """Makes a reporter of the run, as a process that goes on from `start` does."""
+    reporter.config.model.num_layers, reporter.config.model.moe.pattern = 1, "all"
+    reporter.config.model.moe.num_experts, reporter.config.monitor.log_every = 2, 1
+
+    def make(start=0):
+        log = MetricsLog(reporter.run, reporter.config.monitor, start, reporter.console.say)
+        return report.Reporter(reporter.config, reporter.console, log, None, reporter.batches, 1e12, lambda metrics: metrics)
+
+    return make
+
+
+def test_an_expert_without_tokens_is_warned_of_once(with_experts):
+    reporter = with_experts()
+    reporter.dispatched(1, starving(1), True)
+    found = [reporter.dispatched(step, starving(step), True) for step in range(2, 10)]
+    assert [each["step"] for each in found if each["warnings"]] == [5]
+    assert "expert 1 of layer 0 has had no token for 5 log steps" in found[4]["warnings"][0]
+
+
+@pytest.mark.parametrize("start", range(1, 9))
+def test_a_run_that_goes_on_warns_neither_twice_nor_too_late(with_experts, start):
+    told = []
+    for first, last in ((1, start), (start + 1, 9)):
+        reporter = with_experts(first - 1)
+        for step in range(first, last + 1):
+            reporter.dispatched(step, starving(step), True)
+            told += [step] * len(reporter.flush()["warnings"])
+    assert told == [5]
+
+
+def test_going_on_from_an_earlier_step_forgets_the_log_steps_after_it(with_experts):
+    reporter = with_experts()
+    for step in range(1, 5):
+        reporter.dispatched(step, starving(step), True)
+        reporter.flush()
+    reporter = with_experts(2)
+    found = []
+    for step in range(3, 7):
+        reporter.dispatched(step, starving(step), True)
+        found.append(len(reporter.flush()["warnings"]))
+    assert found == [0, 0, 1, 0]
+
+
+def test_steps_that_are_not_logged_are_not_counted(with_experts):
+    reporter = with_experts()
+    reporter.config.monitor.log_every = 2
+    reporter.config.train.steps = 99
+    found = []
+    for step in range(1, 14):
+        reporter.dispatched(step, starving(step), True)
+        found.append(reporter.flush()["warnings"])
+    assert [step for step, says in enumerate(found, 1) if says] == [10]
+
+
 def test_without_journals_nothing_is_written(reporter):
     reporter.log = reporter.ledger = None
     reporter.dispatched(2, metrics(), True)

@@ -18,13 +18,23 @@ from lumina.runs.routing_plots import draw
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="the extra plots is not installed")
 KINDS = {"moe": ("all", "none"), "mod": ("none", "all"), "hybrid": ("1", "all"), "dense": ("none", "none")}
-PIECES = [b"<script>", b"alert(1)", b"</pre>", b"&amp;", b" x", b"\n", b"\xe2\x86", b"\x92", b"\x1b[2J", "\u202e".encode(), b'"\'']
+PIECES = [
+    b"<script>",
+    b"alert(1)",
+    b"</pre>",
+    b"&amp;",
+    b" x",
+    b"\n",
+    b"\xe2\x86",
+    b"\x92",
+    b"\x1b[2J",
+    "\u202e".encode(),
+    b"\"'",
+]
 
 
 class Tokenizer:
     """Pieces as above, and a control token after them."""
-
-    control = {"<|document_end|>": len(PIECES)}
 
     def decode_bytes(self, ids):
         return b"".join([*PIECES, b""][i] for i in ids)
@@ -248,7 +258,7 @@ def test_json_holds_history_verdicts_and_advice_and_makes_no_page(run, capsys, m
     found = json.loads(capsys.readouterr().out)
     assert (found["log_points"], found["last_step"]) == (6, 60)
     assert found["verdicts"] == [{"kind": "healthy", "layers": [0, 1], "says": found["advice"][0]}]
-    assert [sorted(layer) for layer in found["layers"]][0] == ["agreement", "causal_capacity", "layer"]
+    assert sorted(found["layers"][0]) == ["agreement", "causal_capacity", "layer"]
     assert not (directory / "routing").exists()
 
 
