@@ -162,6 +162,7 @@ def test_several_dead_experts_are_named_each_with_its_step():
 def test_an_expert_with_a_token_of_late_is_not_dead():
     dead, back = {"moe_load": [EVEN, [0.4, 0.3, 0.0, 0.3]]}, {"moe_load": [EVEN, [0.3, 0.2, 0.3, 0.2]]}
     assert told(*run_of([*[dead] * (RECENT - 1), back]))[0] == ["healthy"]
+    assert told(*run_of([*[back] * (RECENT - 1), dead]))[0] == ["healthy"]
 
 
 def test_an_expert_far_below_a_uniform_share_is_starved_since_it_stayed_there():
