@@ -3,14 +3,19 @@
 R rows, T positions, k choices, L layers.
 """
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from lumina.architecture import layer_kinds
 from lumina.data.rows import segments_and_positions
+from lumina.runs.directory import RunDirectory
+from lumina_jax import checkpoint
 from lumina_jax.model import CAUSAL, create, merge
-from lumina_jax.routing import decisions, telling
+from lumina_jax.routing import decisions, look, telling
+from lumina_jax.step import init_state
 from tests.lumina_jax.tiny import T, V, random_batch, tiny
 
 END = 7
@@ -115,3 +120,25 @@ def test_telling_changes_nothing_that_the_model_computes():
     plain, _, _ = merge(graphdef, variables)(*inputs, dtype=np.float32, mode=CAUSAL)
     told, _, _ = telling(merge(graphdef, variables))(*inputs, dtype=np.float32, mode=CAUSAL)
     assert np.array_equal(plain, told)
+
+
+class HeldOutStream:
+    """Twenty rows, in which a token is the number of its row."""
+
+    name, num_tokens = "held_out", 20 * T + 1
+
+    def read(self, start, stop):
+        return (np.arange(start, stop) // T).astype(np.int32)
+
+
+@pytest.mark.parametrize(("rows", "numbers"), [(3, [0, 9, 19]), (1, [0]), (99, list(range(20)))])
+def test_rows_are_spread_over_the_held_out_text_and_read_with_the_checkpoint_that_was_asked_for(rows, numbers, monkeypatch):
+    config, asked = tiny("moe+mod"), []
+    state = init_state(config)[1]
+    monkeypatch.setattr(checkpoint, "load", lambda run, like, best: (asked.append(best), (state, 40))[1])
+    corpus = SimpleNamespace(held_out=HeldOutStream(), document_end_id=END)
+    found = look(RunDirectory("nowhere"), config, corpus, rows, best=True)
+    assert asked == [True]
+    assert found.step == 40
+    assert found.tokens_RT[:, 0].tolist() == numbers
+    assert found.tokens_RT.shape == (len(numbers), T)
