@@ -46,6 +46,13 @@ def run(arguments: list[str]) -> None:
     sample.add_argument("--json", action="store_true", help="one JSON object a sample: prompt, text, seed")
     sample.set_defaults(run=_sample)
 
+    certified = commands.add_parser("certify", help="measure that a trained run never sees the future", allow_abbrev=False)
+    certified.add_argument("run_name", metavar="RUN", help="a run directory, or its name in runs/")
+    certified.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
+    certified.add_argument("--rows", type=int, default=64, metavar="N", help="of held-out text; 0 takes all (default: 64)")
+    certified.add_argument("--json", action="store_true", help="the certificate as one JSON object instead of a table")
+    certified.set_defaults(run=_certify)
+
     supervised = commands.add_parser(
         "run",
         usage="lumina run [--max-restarts N] [--log FILE] -- COMMAND ARG...",
@@ -173,6 +180,22 @@ def _routing(arguments: argparse.Namespace) -> None:
         return look(*about)
 
     tell(arguments, look)
+
+
+def _certify(arguments: argparse.Namespace) -> None:
+    from lumina.runs import certificate
+    from lumina.runs.console import Console
+    from lumina.runs.library import find
+
+    run = find(arguments.run_name)
+    if arguments.rows < 0 or arguments.rows == 1:
+        raise UsageError(f"--rows = {arguments.rows}: must be at least 2, or 0 for all held-out text")
+    from lumina_jax.certify import certify
+
+    found = certify(str(run.path), arguments.rows, arguments.best, Console(0))
+    certificate.write(run.path, found)
+    print(certificate.as_json(found) if arguments.json else certificate.terminal(found))
+    sys.exit(0 if found["causal"] else 1)
 
 
 def _run(arguments: argparse.Namespace) -> None:

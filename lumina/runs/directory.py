@@ -97,16 +97,16 @@ class RunDirectory:
     def record(self, config: Config, data: dict[str, Any], tokenizer: Any) -> None:
         """Write down what the run is made of, each file whole or not at all."""
         if self._saved_config() != config:
-            _replace(self.config, lambda path: save(config, path))
+            replace_file(self.config, lambda path: save(config, path))
         if (self._saved_data() or {}).get("fingerprint") != data["fingerprint"]:
             tokenizer.save(self.tokenizer)
             for path in self.tokenizer.iterdir():
                 _sync(path)
-            _replace(self.data, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
+            replace_file(self.data, lambda path: path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8"))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """How the run ended."""
-        _replace(self.result, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
+        replace_file(self.result, lambda path: path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8"))
 
     def _saved_config(self) -> Config | None:
         if not self.config.is_file():
@@ -152,7 +152,8 @@ def config_fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
-def _replace(path: Path, write: Callable[[Path], Any]) -> None:
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make the file, whole or not at all."""
     temporary = path.with_name(f".new-{path.name}")
     try:
         write(temporary)

@@ -1,0 +1,543 @@
+"""The leak certificate: measurements on held-out text that show whether anything quoted of a run sees the future.
+
+B rows of a batch, N real rows, T positions, t positions of a prefix, D model width, L layers with Mixture-of-Depths,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lumina.architecture import LOGIT_CHUNK, capacity, depth_capacity_at, layer_kinds
+from lumina.config import Config, ModelConfig, load
+from lumina.data import prepare
+from lumina.data.rows import Batches, Rows, segments_and_positions
+from lumina.errors import DataError, UsageError
+from lumina.runs.certificate import FORMAT, Passes, verdict
+from lumina.runs.console import Console
+from lumina.runs.directory import RunDirectory, config_fingerprint
+from lumina.tokenizer import Tokenizer, load_tokenizer
+from lumina_jax.device import describe
+from lumina_jax.generate import Generator, Sampling
+from lumina_jax.loss import cross_entropy
+from lumina_jax.mesh import one_device, shaped_whole
+from lumina_jax.model import CAUSAL, Mode, Variables, merge
+from lumina_jax.step import state_shapes
+
+TOP = Mode(top=True)  # the control: depth routing that sees the future, all else as in evaluation
+ROUTINGS = {"causal": CAUSAL, "top_k": TOP}
+# Two programs of one model add up the same numbers in another order. In float32 that moves logits by 1e-7 to 1e-6 of the
+# largest (measured, debug), in float64 by 1e-15: what is above these did not come from rounding.
+TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
+CONTROL = 1e-3  # a control must move logits by this share of the largest, a hundred times what rounding may do
+NOISE_ERRORS = 4.0  # standard errors below log V that chance explains once in 30,000 certificates
+PROMPTS, CONTINUED = 4, 32  # of generation: prompts, and tokens after each
+LEAST_ROWS = 2  # a swap needs another row, a standard error as well
+
+
+def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict[str, Any]:
+    """Examine the newest (or best) checkpoint of a run on its first `rows` held-out rows (0: all); see docs/certify.md.
+
+    Raises:
+        UsageError: not a run directory, or too few rows. ConfigError, CheckpointError: of the run.
+        DataError: the run's data cannot be had any more, or is not what the run began with.
+    """
+    from lumina_jax import checkpoint  # orbax takes a second to import
+
+    if rows and rows < LEAST_ROWS:
+        raise UsageError(f"--rows = {rows}: must be at least {LEAST_ROWS}, or 0 for all held-out text")
+    run, config = RunDirectory(run_directory), load(run_directory)
+    held_out, tokenizer, data_fingerprint = held_out_text(run, config, console)
+    shapes, graphdef = state_shapes(config)
+    state, step = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
+    certificate = {
+        "run": str(run.path),
+        "step": step,
+        "checkpoint": "best" if best else "newest",
+        "config": config_fingerprint(config),
+        "data": data_fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "jax": jax.__version__,
+        "device": describe(one_device()),
+    }
+    return certificate | examine(as_trained(config, step), graphdef, state.variables, tokenizer, held_out, rows, console)
+
+
+def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:
+    """The held-out rows of a run, its tokenizer, and the fingerprint of its data, which is checked."""
+    tokenizer, data = load_tokenizer(str(run.tokenizer)), config.data
+    if data.tokenizer != "bpe":  # one that is trained is found, or made, with its data
+        data = replace(data, tokenizer=str(run.tokenizer))
+    corpus = prepare(data, config.model.vocab_size, console.status)
+    console.done()
+    if changed := run.data_changes(corpus.manifest | {"fingerprint": corpus.fingerprint}):
+        raise DataError(
+            f"{run.path} was trained on other data than data.source = {data.source!r} has now ({'; '.join(changed)}): what was "
+            "held out is not known any more; restore the data, or use the Python that the run began with"
+        )
+    return Rows(corpus.held_out, data.sequence_length, corpus.document_end_id), tokenizer, corpus.fingerprint
+
+
+def as_trained(config: Config, step: int) -> Config:
+    """The config with the depth capacity of the last step trained, and the attention that computes in any precision."""
+    mod = replace(config.model.mod, capacity=depth_capacity_at(config.model.mod, max(step - 1, 0)), anneal_steps=0)
+    return replace(config, model=replace(config.model, mod=mod, attention_form="auto"))
+
+
+def examine(
+    config: Config,
+    graphdef: nnx.GraphDef,
+    variables: Variables,
+    tokenizer: Tokenizer,
+    held_out: Rows,
+    rows: int,
+    console: Console,
+) -> dict[str, Any]:
+    """All measures of one model, and the verdict. Raises DataError when the held-out text has too few rows."""
+    B, T = config.train.batch_size // config.train.micro_batches, config.data.sequence_length
+    batches = list(Batches(held_out, B, seed=0, shuffle=False).evaluation(rows))
+    N = int(sum(np.sum(batch["weights"][:, 0]) for batch in batches))
+    if N < LEAST_ROWS:
+        raise DataError(f"the held-out text has {N} row of {T} tokens; a certificate needs {LEAST_ROWS}: hold out more")
+    noise = Batches(Rows(Noise(tokenizer.vocab_size, N * T + 1), T, held_out.document_end_id), B, seed=0, shuffle=False)
+    model, blind = config.model, why_no_control(config.model, T)
+    depth = any(kind.endswith("+mod") for kind in layer_kinds(model))
+    modes = ROUTINGS if depth else {"causal": CAUSAL}
+    lengths = sorted({n for n in (T // 4, T // 2, 3 * T // 4, T - 1) if 0 < n < T})
+    compared = len(lengths) + 1 + 3  # passes for prefixes and swaps
+    passes = Passes(console, len(batches) * (2 * len(modes) + compared * (1 if blind else 2)))
+
+    with jax.default_matmul_precision("highest"):  # accelerators would round float32 to fewer bits
+        forward = Forward(graphdef, variables, jnp.float32, passes)
+        passes.begin("cross-entropy")
+        quality, seen = cross_entropies(forward, batches, modes, tokenizer.token_bytes())
+        passes.begin("random tokens")
+        measures = {"cross_entropy": quality, "noise": noise_losses(forward, noise, modes, tokenizer.vocab_size)}
+        for name, measure in (
+            ("prefix", partial(prefixes, batches=batches, lengths=lengths)),
+            ("suffix", partial(swaps, batches=batches, vocab_size=tokenizer.vocab_size, end=held_out.document_end_id)),
+        ):
+            passes.begin(name)
+            causal = settled(partial(measure, mode=CAUSAL), forward)
+            measures[name] = with_control(causal, None if blind else measure(forward, mode=TOP), blind)
+        passes.begin("generation")
+        measures["generation"] = settled(partial(generation, config, tokenizer, batches), forward)
+        measures["depth"] = depth_measures(model, T, seen)
+    passes.end()
+    return verdict(
+        {
+            "format": FORMAT,
+            "layers": layer_kinds(model),
+            "rows": N,
+            "tokens": N * T,
+            "sequence_length": T,
+            "precision": "float32, products of matrices in full precision",
+            "measures": measures,
+        }
+    )
+
+
+def why_no_control(model: ModelConfig, T: int) -> str:
+    """Why top-k routing is no control for this model; empty where it sees the future."""
+    if not any(kind.endswith("+mod") for kind in layer_kinds(model)):
+        return "no depth routing: control not applicable"
+    if model.mod.router == "random":
+        return "depth is routed at random, which looks at no token: control not applicable"
+    if capacity(T, model.mod.capacity) == T:
+        return "depth takes every token of a row: control not applicable"
+    return ""
+
+
+class Noise:
+    """A stream of independent, uniformly drawn token ids: what no model can predict better than by log V."""
+
+    name = "random"
+
+    def __init__(self, vocab_size: int, num_tokens: int, seed: int = 0):
+        self.num_tokens = num_tokens
+        self._tokens = np.random.default_rng(seed).integers(0, vocab_size, num_tokens).astype(np.int32)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Token ids [start, stop), int32."""
+        return self._tokens[start:stop]
+
+
+# ----------------------------------------------------------------------------------------------------- passes
+
+
+class Forward:
+    """The passes of one model in one precision; each shape is compiled once."""
+
+    def __init__(self, graphdef: nnx.GraphDef, variables: Variables, dtype: Any, passes: Passes):
+        self.graphdef, self.variables, self.dtype, self._passes = graphdef, variables, dtype, passes
+        self.name = jnp.dtype(dtype).name
+
+        def hidden(variables, inputs_BT, segments_BT, positions_BT, mode):
+            model = merge(graphdef, variables)
+            hidden_BTD, metrics, _ = model(inputs_BT, segments_BT, positions_BT, dtype=dtype, mode=mode)
+            depth = metrics.get("mod", {})
+            return hidden_BTD, {name: depth[name] for name in ("logit_BT", "taken_BT") if name in depth}
+
+        def losses(variables, hidden_BTD, targets_BT, weights_BT):
+            head_DV = merge(graphdef, variables).head_DV(dtype)
+            return jax.lax.map(lambda row: cross_entropy(row[0], head_DV, *row[1:]).loss, (hidden_BTD, targets_BT, weights_BT))
+
+        def differences(variables, one_BTD, other_BTD):
+            head_DV = merge(graphdef, variables).head_DV(dtype)
+
+            def of_token(pair):
+                one_V, other_V = pair[0] @ head_DV, pair[1] @ head_DV
+                return jnp.max(jnp.abs(one_V - other_V)), jnp.max(jnp.abs(one_V))
+
+            B, T, D = one_BTD.shape
+            pairs = (one_BTD.reshape(-1, D), other_BTD.reshape(-1, D))
+            found = jax.lax.map(of_token, pairs, batch_size=min(LOGIT_CHUNK, B * T))
+            return [each.reshape(B, T) for each in found]
+
+        self._hidden = jax.jit(hidden, static_argnames="mode")
+        self._losses, self._differences = jax.jit(losses), jax.jit(differences)
+
+    def hidden(self, batch: dict[str, np.ndarray], mode: Mode) -> tuple[jax.Array, dict[str, np.ndarray]]:
+        """Last hidden states [B, T, D], and of the MoD layers logit and taken [L, B, T], if there are any."""
+        hidden_BTD, depth = self._hidden(self.variables, batch["inputs"], batch["segments"], batch["positions"], mode=mode)
+        depth = jax.device_get(depth)
+        self._passes.advance()
+        return hidden_BTD, depth
+
+    def losses(self, hidden_BTD: jax.Array, batch: dict[str, np.ndarray]) -> np.ndarray:
+        """Summed cross-entropy of each real row [N], as training and evaluation compute it."""
+        losses_B = self._losses(self.variables, hidden_BTD, batch["targets"], batch["weights"])
+        return np.asarray(losses_B, np.float64)[is_real(batch)]
+
+    def differences(self, one_BTD: jax.Array, other_BTD: jax.Array) -> list[np.ndarray]:
+        """The largest difference of a token's logits, and its largest logit in the first pass, each [B, T]."""
+        return [np.asarray(each, np.float64) for each in self._differences(self.variables, one_BTD, other_BTD)]
+
+    def logits(self, hidden_ND: jax.Array) -> np.ndarray:
+        """Logits of a few tokens [N, V]."""
+        return np.asarray(hidden_ND @ merge(self.graphdef, self.variables).head_DV(self.dtype))
+
+
+def is_real(batch: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows are text [B], and not filling of the last batch."""
+    return batch["weights"][:, 0] > 0
+
+
+def settled(measure: Callable[[Forward], dict[str, Any]], forward: Forward) -> dict[str, Any]:
+    """What `measure` finds in float32; when that does not hold, in float64, with the first finding beside it.
+
+    A choice of experts or of depth whose margin is within rounding may fall either way in float32, and then moves everything
+    after it. In float64 it does not; what really depends on the future does so in any precision.
+    """
+    found = measure(forward)
+    if found["holds"]:
+        return found
+    with jax.enable_x64(True):
+        again = measure(Forward(forward.graphdef, forward.variables, jnp.float64, forward._passes))
+    return {**again, "in_float32": found}
+
+
+# ------------------------------------------------------------------------------------------ cross-entropy, noise
+
+
+def cross_entropies(forward: Forward, batches: list, modes: dict[str, Mode], token_bytes: np.ndarray) -> tuple[dict, dict]:
+    """(Cross-entropy by routing, and the gap between them; what the MoD layers told, over real rows, by routing.)"""
+    losses: dict[str, np.ndarray] = {}
+    seen: dict[str, dict[str, np.ndarray]] = {}
+    for name, mode in modes.items():
+        per_batch, told = [], []
+        for batch in batches:
+            hidden_BTD, depth = forward.hidden(batch, mode)
+            per_batch.append(forward.losses(hidden_BTD, batch))
+            told.append({key: value[:, is_real(batch)] for key, value in depth.items()})
+        losses[name] = np.concatenate(per_batch)
+        seen[name] = {key: np.concatenate([each[key] for each in told], axis=1) for key in told[0]}
+    targets = np.concatenate([batch["targets"][is_real(batch)] for batch in batches])
+    count, T = int(np.sum(token_bytes[targets])), targets.shape[1]
+    found: dict[str, Any] = {
+        "what": "cross-entropy of the held-out tokens; standard errors over rows, of which neighbours share documents",
+        "rows": len(targets),
+        "tokens": targets.size,
+        "bytes": count,
+    }
+    for name, losses_N in losses.items():
+        total = float(np.sum(losses_N))
+        found[name] = {
+            "nats_per_token": total / targets.size,
+            "standard_error": standard_error(losses_N / T),
+            "bits_per_byte": total / math.log(2) / max(count, 1),
+        }
+    if "top_k" in found:
+        gap_N = (losses["top_k"] - losses["causal"]) / T
+        found["top_k"]["label"] = "control: sees the future, never a figure of quality"
+        found["gap"] = {"nats_per_token": float(np.mean(gap_N)), "standard_error": standard_error(gap_N)}
+    return found, seen
+
+
+def standard_error(values_N: np.ndarray) -> float:
+    """Of the mean of independent values."""
+    return float(np.std(values_N, ddof=1) / math.sqrt(len(values_N)))
+
+
+def noise_losses(forward: Forward, noise: Batches, modes: dict[str, Mode], vocab_size: int) -> dict[str, Any]:
+    """Loss on random tokens, cut into rows as text is, beside log V. Below it, targets leak into what predicts them."""
+    batches = list(noise.evaluation())
+    tokens = sum(int(np.sum(batch["weights"])) for batch in batches)
+    best, T = math.log(vocab_size), batches[0]["inputs"].shape[1]
+    found: dict[str, Any] = {
+        "what": "loss on tokens drawn uniformly from the tokenizer's vocabulary, which nothing that is causal beats log V on",
+        "tokens": tokens,
+        "vocabulary": vocab_size,
+        "log_vocabulary": best,
+        "tolerance_in_standard_errors": NOISE_ERRORS,
+    }
+    for name, mode in modes.items():
+        losses_N = np.concatenate([forward.losses(forward.hidden(batch, mode)[0], batch) for batch in batches]) / T
+        loss, error = float(np.mean(losses_N)), standard_error(losses_N)
+        # A model that predicts nothing has exactly log V, and its rows differ by rounding alone.
+        errors = (loss - best) / max(error, best * TOLERANCE["float32"])
+        found[name] = {"nats_per_token": loss, "standard_error": error, "above_in_standard_errors": errors}
+    found["holds"] = bool(found["causal"]["above_in_standard_errors"] >= -NOISE_ERRORS)
+    return found
+
+
+# --------------------------------------------------------------------------------------------- prefixes and swaps
+
+
+@dataclass
+class Comparison:
+    """Two passes that must agree at some tokens, over many batches."""
+
+    difference: float = 0.0  # the largest of any logit
+    logit: float = 0.0  # the largest
+    tokens: int = 0
+    where: dict[str, int] = field(default_factory=dict)  # of the largest difference
+    decisions: int = 0  # of depth
+    flips: int = 0  # decisions that differ
+    margin: float = 0.0  # the largest |logit| of a flip, of either pass
+    depth_logit: float = 0.0  # the largest of depth
+
+    def add(self, forward: Forward, one: tuple, other: tuple, counted_BT: np.ndarray, first_row: int) -> None:
+        """Compare (hidden, depth) of two passes at the tokens that count."""
+        difference_BT, logit_BT = forward.differences(one[0], other[0])
+        row, position = np.unravel_index(np.argmax(np.where(counted_BT, difference_BT, -1.0)), counted_BT.shape)
+        largest = difference_BT[row, position]
+        if not largest <= self.difference:
+            self.where = {"row": first_row + int(row), "position": int(position)}
+        self.difference = float(np.maximum(self.difference, largest))  # unlike max(), passes NaN on
+        self.logit = float(np.maximum(self.logit, np.max(logit_BT[counted_BT])))
+        self.tokens += int(np.sum(counted_BT))
+        if one[1]:
+            self._add_depth(one[1], other[1], counted_BT)
+
+    def _add_depth(self, one: dict[str, np.ndarray], other: dict[str, np.ndarray], counted_BT: np.ndarray) -> None:
+        flips_LBT = (one["taken_BT"] != other["taken_BT"]) & counted_BT
+        logit_LBT = np.maximum(np.abs(one["logit_BT"]), np.abs(other["logit_BT"]))
+        self.decisions += flips_LBT.shape[0] * int(np.sum(counted_BT))
+        self.flips += int(np.sum(flips_LBT))
+        self.margin = max(self.margin, float(np.max(logit_LBT[flips_LBT], initial=0)))
+        self.depth_logit = max(self.depth_logit, float(np.max(logit_LBT[:, counted_BT], initial=0)))
+
+    def found(self, dtype: str) -> dict[str, Any]:
+        relative = self.difference / self.logit if self.logit else math.nan
+        depth = {
+            "decisions": self.decisions,
+            "flips": self.flips,
+            "largest_margin_of_a_flip": self.margin,
+            "largest_depth_logit": self.depth_logit,
+        }
+        return {
+            "tokens": self.tokens,
+            "precision": dtype,
+            "largest_difference": self.difference,
+            "largest_logit": self.logit,
+            "relative": relative,
+            "where": self.where,
+            "tolerance": TOLERANCE[dtype],
+            **(depth if self.decisions else {}),
+            "holds": bool(relative <= TOLERANCE[dtype]) and not self.flips,
+        }
+
+
+def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) -> dict[str, Any]:
+    """Logits of prefixes alone against those of the whole rows."""
+    comparison, first_row = Comparison(), 0
+    for batch in batches:
+        whole, real_B = forward.hidden(batch, mode), is_real(batch)
+        T = batch["inputs"].shape[1]
+        for t in lengths:
+            alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
+            hidden_BTD = jnp.pad(alone[0], ((0, 0), (0, T - t), (0, 0)))
+            depth = {name: np.pad(value, ((0, 0), (0, 0), (0, T - t))) for name, value in alone[1].items()}
+            comparison.add(forward, whole, (hidden_BTD, depth), real_B[:, None] & (np.arange(T) < t), first_row)
+        first_row += len(real_B)
+    return {
+        "what": "logits of a prefix alone against those of the whole row at the prefix",
+        "lengths": lengths,
+        **comparison.found(forward.name),
+    }
+
+
+def swaps(forward: Forward, batches: list, vocab_size: int, end: int, mode: Mode) -> dict[str, Any]:
+    """Logits before a point of each row against those after what follows was replaced, by another row and by noise."""
+    comparison, first_row = Comparison(), 0
+    inputs_NT = np.concatenate([batch["inputs"][is_real(batch)] for batch in batches])
+    N, T = inputs_NT.shape
+    points_N = 1 + np.arange(N) * (T - 1) // N  # spread over all places from 1 to T - 1
+    draw = np.random.default_rng(1)
+    others = (np.roll(inputs_NT, 1, axis=0), draw.integers(0, vocab_size, (N, T), np.int32))
+    for batch in batches:
+        real_B = is_real(batch)
+        chosen, number = slice(first_row, first_row + int(np.sum(real_B))), int(np.sum(real_B))
+        counted_BT = np.zeros(batch["inputs"].shape, bool)
+        counted_BT[:number] = np.arange(T) < points_N[chosen, None]
+        whole = forward.hidden(batch, mode)
+        for other_NT in others:
+            inputs_BT = batch["inputs"].copy()
+            inputs_BT[:number] = np.where(counted_BT[:number], inputs_BT[:number], other_NT[chosen])
+            segments_BT, positions_BT = segments_and_positions(inputs_BT, end)
+            swapped = forward.hidden({"inputs": inputs_BT, "segments": segments_BT, "positions": positions_BT}, mode)
+            comparison.add(forward, whole, swapped, counted_BT, first_row)
+        first_row += number
+    return {
+        "what": "logits before a point, one in each row, when the tokens from there on become another row's, and random ones",
+        "points": {"rows": N, "first": int(points_N[0]), "last": int(points_N[-1])},
+        **comparison.found(forward.name),
+    }
+
+
+def with_control(causal: dict[str, Any], control: dict[str, Any] | None, blind: str) -> dict[str, Any]:
+    """A measure under causal routing, with the same under top-k, which it must refuse to be worth anything."""
+    if control is None:
+        return {**causal, "control": {"applicable": False, "why": blind}}
+    numbers = {name: value for name, value in control.items() if name not in ("what", "holds", "lengths", "points")}
+    label = "control: top-k routing, which sees the future and must be refused"
+    detected = bool(control["relative"] > CONTROL)
+    return {**causal, "control": {"applicable": True, "label": label, **numbers, "needed": CONTROL, "refused": detected}}
+
+
+# ------------------------------------------------------------------------------------------------------ generation
+
+
+def generation(config: Config, tokenizer: Tokenizer, batches: list, forward: Forward) -> dict[str, Any]:
+    """Greedy continuations by the generator, with its cache, against the most likely token by one pass without."""
+    generator = Generator(config, forward.graphdef, forward.variables, tokenizer)
+    generator.dtype = forward.dtype
+    T, B = config.data.sequence_length, len(batches[0]["inputs"])
+    most = min(CONTINUED, T // 2)
+    prompts = list(_prompts(batches, T // 4, generator.end))
+    written = [list(generator.tokens(prompt, most, Sampling(temperature=0.0))) for prompt in prompts]
+    allowed_V = np.zeros(config.model.vocab_size, bool)
+    allowed_V[: tokenizer.vocab_size] = True
+    allowed_V[list(set(tokenizer.control.values()) - {generator.end})] = False
+    differ, margin, largest = 0, 0.0, 0.0
+    for start in range(0, len(prompts), B):
+        inputs_BT = np.full((B, T), generator.end, np.int32)
+        pairs = list(zip(prompts, written, strict=True))[start : start + B]
+        for row, (prompt, tokens) in enumerate(pairs):
+            inputs_BT[row, : len(prompt) + len(tokens)] = [*prompt, *tokens]
+        whole = np.zeros((B, T), np.int32)  # one document, as the generator takes it
+        positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
+        hidden_BTD, _ = forward.hidden({"inputs": inputs_BT, "segments": whole, "positions": positions_BT}, CAUSAL)
+        for row, (prompt, tokens) in enumerate(pairs):
+            places = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
+            logits_nV = np.where(allowed_V, forward.logits(hidden_BTD[row, places]), -np.inf)
+            missed_n = np.max(logits_nV, axis=-1) - logits_nV[np.arange(len(tokens)), tokens]
+            differ += int(np.sum(np.argmax(logits_nV, axis=-1) != tokens))
+            margin = float(np.maximum(margin, np.max(missed_n)))
+            largest = float(np.maximum(largest, np.max(np.abs(logits_nV[:, allowed_V]))))
+    relative = margin / largest if largest else math.nan
+    return {
+        "what": "greedy continuations with the cache against the most likely token of one pass without it",
+        "prompts": len(prompts),
+        "tokens": sum(map(len, written)),
+        "precision": forward.name,
+        "different_tokens": differ,
+        "relative": relative,  # how much less likely a generated token's logit is than the largest: 0 when all are equal
+        "tolerance": TOLERANCE[forward.name],
+        "holds": bool(relative <= TOLERANCE[forward.name]),
+    }
+
+
+def _prompts(batches: list, length: int, end: int) -> Iterator[list[int]]:
+    """Beginnings of held-out rows, of about `length` tokens, each from within one document."""
+    inputs_NT = np.concatenate([batch["inputs"][is_real(batch)] for batch in batches])
+    for number, row in enumerate(np.linspace(0, len(inputs_NT) - 1, min(PROMPTS, len(inputs_NT))).astype(int)):
+        tokens = inputs_NT[row, : max(1, length - number)].tolist()
+        after = max((i + 1 for i, token in enumerate(tokens[:-1]) if token == end), default=0)
+        yield tokens[after:]
+
+
+# ----------------------------------------------------------------------------------------------------------- depth
+
+
+def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndarray]]) -> dict[str, Any] | None:
+    """How well each layer's causal decision foretells membership in the top of its row; None without such layers."""
+    if not seen["causal"]:
+        return None
+    top, causal = seen["top_k"], seen["causal"]
+    numbers = [i for i, kind in enumerate(layer_kinds(model)) if kind.endswith("+mod")]
+    count = capacity(T, model.mod.capacity)
+    # A predictor's logit is not what the top is chosen by, and the logit that is, no causal pass tells.
+    of_causal = None if model.mod.predictor_width else [in_top(each_NT, count) for each_NT in causal["logit_BT"]]
+    layers = []
+    for index, number in enumerate(numbers):
+        layer = {
+            "layer": number,
+            "realised_capacity": float(np.mean(causal["taken_BT"][index])),
+            **foretold(top["logit_BT"][index], top["taken_BT"][index]),
+        }
+        if of_causal is not None:
+            layer["of_causal_states"] = foretold(causal["logit_BT"][index], of_causal[index])
+        layers.append(layer)
+    return {
+        "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden states are "
+        "those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised capacity is of "
+        "the causal pass",
+        "label": "how well a causal decision stands in for top-k: no figure of quality",
+        "tokens": int(top["taken_BT"][0].size),
+        "capacity": model.mod.capacity,
+        "share_of_top": count / T,
+        "router": model.mod.router,
+        "predictor_width": model.mod.predictor_width,
+        "scope": model.mod.scope,
+        "layers": layers,
+    }
+
+
+def in_top(logit_NT: np.ndarray, count: int) -> np.ndarray:
+    """Which tokens are among the `count` highest of their row, ties to the earlier, bool [N, T]."""
+    order_NT = np.argsort(-logit_NT, axis=1, kind="stable")
+    member_NT = np.zeros(logit_NT.shape, bool)
+    np.put_along_axis(member_NT, order_NT[:, :count], True, axis=1)
+    return member_NT
+
+
+def foretold(logit_NT: np.ndarray, member_NT: np.ndarray) -> dict[str, float | None]:
+    """AUROC of a logit against membership; precision, recall, F1 and agreement of `logit > 0`. None where undefined."""
+    decided_NT = logit_NT > 0
+    both, decided, members = (int(np.sum(each)) for each in (decided_NT & member_NT, decided_NT, member_NT))
+    return {
+        "auroc": auroc(logit_NT.ravel(), member_NT.ravel()),
+        "f1": 2 * both / (decided + members) if decided + members else None,
+        "precision": both / decided if decided else None,
+        "recall": both / members if members else None,
+        "agreement": float(np.mean(decided_NT == member_NT)),
+    }
+
+
+def auroc(score_N: np.ndarray, member_N: np.ndarray) -> float | None:
+    """How often a member scores above one that is none, ties counted half: exact, by ranks (Mann and Whitney, 1947)."""
+    members, rest = int(np.sum(member_N)), int(np.sum(~member_N))
+    if not members or not rest:
+        return None
+    _, group_N, size = np.unique(score_N, return_inverse=True, return_counts=True)
+    rank = np.cumsum(size) - (size - 1) / 2  # of equals the mean of their ranks, which count from 1
+    return float((np.sum(rank[group_N][member_N]) - members * (members + 1) / 2) / (members * rest))
