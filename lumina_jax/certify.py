@@ -111,8 +111,8 @@ def examine(
     depth = any(kind.endswith("+mod") for kind in layer_kinds(model))
     modes = ROUTINGS if depth else {"causal": CAUSAL}
     lengths = sorted({n for n in (T // 4, T // 2, 3 * T // 4, T - 1) if 0 < n < T})
-    compared = len(lengths) + 1 + 3  # passes for prefixes and swaps
-    passes = Passes(console, len(batches) * (2 * len(modes) + compared * (1 if blind else 2)))
+    compared = 2 * max(len(batches), len(lengths)) + 3 * len(batches)  # passes for prefixes and swaps
+    passes = Passes(console, 2 * len(modes) * len(batches) + compared * (1 if blind else 2))
 
     with jax.default_matmul_precision("highest"):  # accelerators would round float32 to fewer bits
         forward = Forward(graphdef, variables, jnp.float32, passes)
@@ -367,17 +367,16 @@ class Comparison:
 
 
 def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) -> dict[str, Any]:
-    """Logits of prefixes alone against those of the whole rows."""
-    comparison, first_row = Comparison(), 0
-    for batch in batches:
-        whole, real_B = forward.hidden(batch, mode), is_real(batch)
-        T = batch["inputs"].shape[1]
-        for t in lengths:
-            alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
-            hidden_BTD = jnp.pad(alone[0], ((0, 0), (0, T - t), (0, 0)))
-            depth = {name: np.pad(value, ((0, 0), (0, 0), (0, T - t))) for name, value in alone[1].items()}
-            comparison.add(forward, whole, (hidden_BTD, depth), real_B[:, None] & (np.arange(T) < t), first_row)
-        first_row += len(real_B)
+    """Logits of prefixes alone against those of the whole rows: of each batch one length, of each length a batch or more."""
+    comparison, B = Comparison(), len(batches[0]["inputs"])
+    for turn in range(max(len(batches), len(lengths))):  # every batch and every length has its turn
+        batch, t = batches[turn % len(batches)], lengths[turn % len(lengths)]
+        whole, T = forward.hidden(batch, mode), batch["inputs"].shape[1]
+        alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
+        hidden_BTD = jnp.pad(alone[0], ((0, 0), (0, T - t), (0, 0)))
+        depth = {name: np.pad(value, ((0, 0), (0, 0), (0, T - t))) for name, value in alone[1].items()}
+        counted_BT = is_real(batch)[:, None] & (np.arange(T) < t)
+        comparison.add(forward, whole, (hidden_BTD, depth), counted_BT, turn % len(batches) * B)
     return {
         "what": "logits of a prefix alone against those of the whole row at the prefix",
         "lengths": lengths,
@@ -498,8 +497,8 @@ def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndar
             layer["of_causal_states"] = foretold(causal["logit_BT"][index], of_causal[index])
         layers.append(layer)
     return {
-        "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden states are "
-        "those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised capacity is of "
+        "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden states "
+        "are those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised capacity is of "
         "the causal pass",
         "label": "how well a causal decision stands in for top-k: no figure of quality",
         "tokens": int(top["taken_BT"][0].size),

@@ -89,7 +89,9 @@ def _finding(name: str, measure: dict[str, Any]) -> str:
         )
     if name == "generation":
         tokens = f"{measure['tokens']:,} tokens after {measure['prompts']} prompts"
-        differ = f"{measure['different_tokens']} of {tokens} are not those without cache, by up to {_share(measure['relative'])}"
+        differ = (
+            f"{measure['different_tokens']} of {tokens} are not those without cache, by up to {_share(measure['relative'])}"
+        )
         return differ if measure["different_tokens"] or not measure["holds"] else f"{tokens} are those without cache"
     flips = f"; {measure['flips']} of {measure['decisions']:,} depth decisions differ" if measure.get("flips") else ""
     again = f"; in float32 {_share(measure['in_float32']['relative'])}" if "in_float32" in measure else ""

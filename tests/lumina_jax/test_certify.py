@@ -1,0 +1,517 @@
+"""The leak certificate: what it finds in models that are causal, in planted leaks, and in a trained run.
+
+B rows of a batch, T positions, D model width.
+"""
+
+import contextlib
+import io
+import json
+import math
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import lumina_jax.attention
+from lumina import cli
+from lumina.config import load
+from lumina.data.rows import Batches, Rows
+from lumina.errors import CheckpointError, DataError, UsageError
+from lumina.runs.certificate import Passes
+from lumina.runs.console import Console
+from lumina.runs.directory import RunDirectory, config_fingerprint
+from lumina.tokenizer import train_bpe
+from lumina_jax import certify
+from lumina_jax.attend import attend_chunk
+from lumina_jax.certify import TOP, Comparison, Forward, Noise, auroc, foretold, in_top, noise_losses, prefixes, settled, swaps
+from lumina_jax.generate import Generator
+from lumina_jax.mod import MoD, select_top
+from lumina_jax.model import CAUSAL, Mode, Variables, merge
+from lumina_jax.step import init_state, state_shapes
+from lumina_jax.train import train_and_evaluate
+from tests.lumina_jax.tiny import T, V, tiny
+
+B, N = 4, 10  # of the last batch two rows are filling
+TEXT = "".join(f"def f{i}(x):\n    return x + {i * 37 % 101}\n" for i in range(60))
+QUIET = Console(0, None)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe([TEXT], V)
+
+
+@pytest.fixture(scope="module")
+def held_out(tokenizer):
+    stream = Noise(V - len(tokenizer.control), N * T + 1, seed=5)
+    stream._tokens[[20, 50, 51, 100]] = tokenizer.control["<|document_end|>"]
+    return Rows(stream, T, tokenizer.control["<|document_end|>"])
+
+
+SUBJECTS = {
+    "hybrid": {"kind": "moe+mod"},
+    "block": {"kind": "dense+mod", "mod": {"scope": "block", "capacity": 0.3, "predictor_width": 4}},
+    "random": {"kind": "dense+mod", "mod": {"router": "random"}},
+    "dense": {"kind": "dense"},
+    "one layer": {"kind": "dense", "model": {"num_layers": 1}},
+    "depth alone": {"kind": "dense+mod"},
+}
+
+
+@cache
+def untrained(name):
+    """(config, graph definition, variables) of a model whose logits and depth decisions are far from all alike."""
+    settings = SUBJECTS[name]
+    sizes = {"embedding_std": 0.5, "tie_embeddings": False, **settings.get("model", {})}
+    config = tiny(settings["kind"], model=sizes, mod=settings.get("mod", ()))
+    return config, state_shapes(config)[1], jax.jit(lambda: init_state(config)[1].variables)()
+
+
+@cache
+def forward(name):
+    return of(untrained(name))
+
+
+def of(subject, dtype=jnp.float32):
+    return Forward(*subject[1:], dtype, Passes(QUIET, 1))
+
+
+def examine(subject, tokenizer, held_out):
+    return certify.examine(*subject, tokenizer, held_out, 0, QUIET)
+
+
+@partial(jax.jit, static_argnames=("name", "mode"))
+def compiled_logits(name, inputs, segments, positions, mode):
+    model = merge(*untrained(name)[1:])
+    hidden, _, _ = model(inputs, segments, positions, dtype=jnp.float32, mode=mode)
+    return hidden @ model.head_DV(jnp.float32)
+
+
+def logits_of(name, batch, mode):
+    return np.asarray(compiled_logits(name, batch["inputs"], batch["segments"], batch["positions"], mode))
+
+
+def batches_of(held_out):
+    return list(Batches(held_out, B, seed=0, shuffle=False).evaluation())
+
+
+# ------------------------------------------------------------------------------------------------------- of ranks
+
+
+def slow_auroc(score, member):
+    pairs = [(a > b) + 0.5 * (a == b) for a, m in zip(score, member, strict=True) if m
+             for b, n in zip(score, member, strict=True) if not n]  # fmt: skip
+    return sum(pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("values", [3, 10**6], ids=["many ties", "no ties"])
+def test_auroc_is_the_share_of_pairs_in_order_with_ties_counted_half(values):
+    draw = np.random.default_rng(values)
+    for _ in range(20):
+        score, member = draw.integers(0, values, 40) / 7, draw.random(40) < 0.3
+        assert auroc(score, member) == pytest.approx(slow_auroc(score, member), abs=1e-12)
+    assert slow_auroc([1, 2, 3], [False, True, True]) == 1 == auroc(np.array([1, 2, 3]), np.array([False, True, True]))
+
+
+def test_auroc_of_one_kind_alone_is_undefined():
+    assert auroc(np.array([1.0, 2]), np.array([True, True])) is None
+    assert auroc(np.array([1.0, 2]), np.array([False, False])) is None
+
+
+def test_precision_recall_f1_and_agreement_are_those_of_the_counts():
+    logit, member = np.array([[2.0, 1, -1, 3], [-2, -1, 1, 0]]), np.array([[1, 0, 1, 1], [0, 1, 0, 1]], bool)
+    found = foretold(logit, member)  # decided 4, members 5, both 2
+    expected = {"precision": 2 / 4, "recall": 2 / 5, "f1": 4 / 9, "agreement": 3 / 8}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert foretold(-np.ones((1, 2)), np.array([[True, False]]))["precision"] is None
+
+
+def test_the_top_of_a_row_is_what_the_model_selects():
+    logit_BT = np.random.default_rng(0).integers(0, 4, (6, 11)).astype(np.float32)  # with ties
+    for count in (1, 5, 11):
+        assert [np.flatnonzero(row).tolist() for row in in_top(logit_BT, count)] == select_top(logit_BT, count).tolist()
+
+
+# ------------------------------------------------------------------------------------------------- what is causal
+
+EXAMINED = ("hybrid", "block", "random", "dense")
+
+
+@pytest.fixture(scope="module")
+def found(tokenizer, held_out):
+    return {name: examine(untrained(name), tokenizer, held_out) for name in EXAMINED}
+
+
+@pytest.mark.parametrize("name", EXAMINED)
+def test_a_causal_model_passes(found, name):
+    certificate = found[name]
+    assert certificate["causal"], certificate["failed"]
+    assert certificate["failed"] == []
+    assert certificate["rows"] == N
+    for measure in ("prefix", "suffix"):
+        assert certificate["measures"][measure]["relative"] <= 1e-5
+        assert certificate["measures"][measure]["largest_logit"] > 1
+
+
+@pytest.mark.parametrize(("name", "why"), [("random", "at random"), ("dense", "no depth")])
+def test_without_learned_depth_routing_the_control_is_not_applicable(found, name, why):
+    for measure in ("prefix", "suffix"):
+        control = found[name]["measures"][measure]["control"]
+        assert not control["applicable"]
+        assert why in control["why"]
+
+
+@pytest.mark.parametrize("name", ["hybrid", "block"])
+def test_under_top_k_routing_the_same_measures_are_refused(found, name):
+    for measure in ("prefix", "suffix"):
+        control = found[name]["measures"][measure]["control"]
+        assert control["refused"]
+        assert control["relative"] > 1e-3
+        assert control["flips"] > 0
+        assert "control" in control["label"]
+
+
+def test_depth_that_takes_every_token_sees_no_future():
+    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 1.0}).model, T)
+    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.95}).model, T)  # rounded up
+    assert not certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.93}).model, T)
+
+
+def test_without_depth_routing_there_is_no_top_k_figure(found):
+    measures = found["dense"]["measures"]
+    assert measures["depth"] is None
+    for name in ("cross_entropy", "noise"):
+        assert "top_k" not in measures[name]
+    assert "gap" not in measures["cross_entropy"]
+
+
+def test_depth_is_measured_by_layer_against_the_top_of_the_training_states(found, held_out):
+    depth = found["hybrid"]["measures"]["depth"]
+    run, inputs = forward("hybrid"), batches_of(held_out)
+    for index, layer in enumerate(depth["layers"]):
+        for mode, told, taken in ((TOP, layer, None), (CAUSAL, layer["of_causal_states"], layer["realised_capacity"])):
+            score, member, took = [], [], []
+            for batch in inputs:
+                each = run.hidden(batch, mode)[1]
+                for row in range(int(batch["weights"][:, 0].sum())):
+                    logit = each["logit_BT"][index][row]
+                    order = sorted(range(T), key=lambda t: (-logit[t], t))
+                    score += logit.tolist()
+                    member += [t in order[:10] for t in range(T)]  # ceil(0.6 * 16)
+                    took += each["taken_BT"][index][row].tolist()
+            assert told["auroc"] == pytest.approx(slow_auroc(score, member))
+            assert told["agreement"] == pytest.approx(np.mean([(s > 0) == m for s, m in zip(score, member, strict=True)]))
+            if taken is not None:
+                assert taken == pytest.approx(np.mean(took))
+    assert depth["share_of_top"] == 10 / T
+    assert depth["tokens"] == N * T
+
+
+def test_where_a_predictor_decides_only_the_training_states_have_a_known_top(found):
+    assert all("of_causal_states" not in layer for layer in found["block"]["measures"]["depth"]["layers"])
+
+
+def test_the_gap_is_paired_by_row(found, held_out):
+    quality = found["hybrid"]["measures"]["cross_entropy"]
+    losses = {}
+    for mode in (CAUSAL, TOP):
+        rows = []
+        for batch in batches_of(held_out):
+            logits = logits_of("hybrid", batch, mode).astype(np.float64)
+            own = np.take_along_axis(logits, batch["targets"][:, :, None], axis=2)[:, :, 0]
+            loss = np.log(np.exp(logits).sum(axis=2)) - own
+            rows += loss[batch["weights"][:, 0] > 0].mean(axis=1).tolist()
+        losses[mode] = np.array(rows)
+    gap = losses[TOP] - losses[CAUSAL]
+    assert quality["causal"]["nats_per_token"] == pytest.approx(losses[CAUSAL].mean(), rel=1e-5)
+    assert quality["gap"]["nats_per_token"] == pytest.approx(gap.mean(), rel=1e-3)
+    assert quality["gap"]["standard_error"] == pytest.approx(np.sqrt(gap.var(ddof=1) / N), rel=1e-3)
+    assert "never a figure of quality" in quality["top_k"]["label"]
+
+
+def test_the_difference_of_prefixes_is_that_of_the_logits(held_out):
+    batch = batches_of(held_out)[0]
+    short = {name: batch[name][:, :5] for name in batch}
+    whole, alone = logits_of("hybrid", batch, TOP)[:, :5], logits_of("hybrid", short, TOP)
+    found = prefixes(forward("hybrid"), [batch], [5], TOP)
+    assert found["relative"] == pytest.approx(np.abs(whole - alone).max() / np.abs(whole).max(), rel=1e-3)
+    assert found["tokens"] == 5 * B
+    row, position, _ = np.unravel_index(np.argmax(np.abs(whole - alone)), whole.shape)
+    assert found["where"] == {"row": row, "position": position}
+
+
+def test_every_batch_and_every_length_of_prefixes_has_its_turn(held_out):
+    seen = []
+
+    class Watched(Forward):
+        def hidden(self, batch, mode):
+            seen.append((int(batch["inputs"][0, 0]), batch["inputs"].shape[1]))
+            return super().hidden(batch, mode)
+
+    batches = batches_of(held_out)
+    watched = Watched(*untrained("dense")[1:], jnp.float32, Passes(QUIET, 1))
+    for lengths in ([4, 8, 12, 15], [7]):
+        seen.clear()
+        found = prefixes(watched, batches, lengths, CAUSAL)
+        assert {length for _, length in seen} == {T, *lengths}
+        assert {first for first, _ in seen} == {int(batch["inputs"][0, 0]) for batch in batches}
+        assert found["holds"]
+
+
+# --------------------------------------------------------------------------------------------------- planted leaks
+
+
+def test_causal_routing_that_takes_the_top_of_a_row_is_refused(monkeypatch, tokenizer, held_out):
+    honest = MoD.__call__
+    monkeypatch.setattr(MoD, "__call__", lambda self, z, positions, layer, top: honest(self, z, positions, layer, True))
+    certificate = examine(untrained("depth alone"), tokenizer, held_out)
+    assert not certificate["causal"]
+    assert {"prefixes alone", "swapped suffixes"} <= {each.partition(":")[0] for each in certificate["failed"]}
+    for name in ("prefix", "suffix"):
+        measure = certificate["measures"][name]
+        assert measure["precision"] == "float64"  # it was measured again, and the leak stayed
+        assert measure["relative"] == pytest.approx(measure["in_float32"]["relative"], rel=0.1)
+        assert measure["flips"] > 0
+
+
+@pytest.fixture
+def peeking(monkeypatch):
+    """Attention sees one token too many."""
+
+    def attend(q, k, v, segments):
+        return attend_chunk(q, k, v, segments, segments, 1)
+
+    monkeypatch.setattr(lumina_jax.attention, "attend", attend)
+
+
+def test_attention_that_sees_the_next_token_is_refused(peeking, tokenizer, held_out):
+    certificate = examine(untrained("one layer"), tokenizer, held_out)
+    failed = {each.partition(":")[0] for each in certificate["failed"]}
+    assert {"prefixes alone", "swapped suffixes", "generation"} <= failed
+    where = certificate["measures"]["suffix"]["where"]
+    assert where["position"] == (1 + np.arange(N) * (T - 1) // N)[where["row"]] - 1  # the token before the point, no other
+
+
+def test_a_leak_in_one_row_and_token_is_found_wherever_it_is(monkeypatch, held_out):
+    batches = batches_of(held_out)
+    honest = Forward.hidden
+
+    def leaking(self, batch, mode):
+        hidden_BTD, depth = honest(self, batch, mode)
+        last = jnp.asarray(batch["inputs"])[:, -1].astype(hidden_BTD.dtype)  # what the row ends with
+        return hidden_BTD.at[1, 0, 0].add(1e-2 * last[1]), depth
+
+    run, end = forward("dense"), held_out.document_end_id
+    assert swaps(run, batches, V, end, CAUSAL)["holds"]
+    monkeypatch.setattr(Forward, "hidden", leaking)
+    found = swaps(run, batches, V, end, CAUSAL)
+    assert not found["holds"]
+    assert found["where"]["position"] == 0
+    assert found["where"]["row"] % B == 1
+    assert not prefixes(run, batches, [8], CAUSAL)["holds"]
+
+
+def copying():
+    """A model that says its input again."""
+    config = tiny("dense", model={"embedding_std": 3.0, "d_model": 32})
+    return config, state_shapes(config)[1], jax.jit(lambda: init_state(config)[1].variables)()
+
+
+def test_labels_that_are_the_inputs_are_caught_by_random_tokens(monkeypatch, tokenizer, held_out):
+    subject = copying()
+
+    def found():
+        noise = Batches(Rows(Noise(V, N * T + 1), T, held_out.document_end_id), B, seed=0, shuffle=False)
+        return noise_losses(of(subject), noise, {"causal": CAUSAL}, V)
+
+    honest = found()
+    assert honest["holds"]
+    assert honest["causal"]["nats_per_token"] > honest["log_vocabulary"] == math.log(V)
+    rows = Batches._of
+
+    def leaking(self, numbers):
+        batch = rows(self, numbers)
+        return batch | {"targets": batch["inputs"]}
+
+    monkeypatch.setattr(Batches, "_of", leaking)
+    leaked = found()
+    assert not leaked["holds"]
+    assert leaked["causal"]["nats_per_token"] < 0.5 * math.log(V)
+    assert leaked["causal"]["above_in_standard_errors"] < -20
+    certificate = examine(subject, tokenizer, held_out)
+    assert any(each.startswith("random tokens") for each in certificate["failed"])
+
+
+def test_a_model_that_predicts_nothing_has_log_v_on_random_tokens(held_out):
+    config, graphdef, variables = untrained("dense")
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, a: 0 * a if "head" in jax.tree_util.keystr(path) else a, variables.params
+    )
+    noise = Batches(Rows(Noise(V, N * T + 1), T, 0), B, seed=0, shuffle=False)
+    found = noise_losses(of((config, graphdef, Variables(params, variables.biases))), noise, {"causal": CAUSAL}, V)
+    assert found["causal"]["nats_per_token"] == pytest.approx(math.log(V), rel=1e-6)
+    assert found["holds"]
+
+
+def test_random_tokens_are_of_the_whole_vocabulary_and_always_the_same():
+    tokens = Noise(7, 7000).read(0, 7000)
+    assert np.bincount(tokens).min() > 850
+    assert np.array_equal(tokens[10:20], Noise(7, 7000).read(10, 20))
+
+
+def test_tokens_of_the_cache_that_are_not_the_likeliest_are_refused(monkeypatch, tokenizer, held_out):
+    honest = Generator.tokens
+
+    def wrong(self, prompt, count, sampling):
+        tokens = list(honest(self, prompt, count, sampling))
+        return [*tokens[:-1], (tokens[-1] + 1) % 290]
+
+    monkeypatch.setattr(Generator, "tokens", wrong)
+    certificate = examine(untrained("dense"), tokenizer, held_out)
+    assert [each.partition(":")[0] for each in certificate["failed"]] == ["generation"]
+    assert certificate["measures"]["generation"]["different_tokens"] == 4
+
+
+def test_weights_that_are_not_numbers_are_refused(tokenizer, held_out):
+    config, graphdef, variables = untrained("dense")
+    broken = Variables(jax.tree.map(lambda a: a * jnp.nan, variables.params), variables.biases)
+    certificate = examine((config, graphdef, broken), tokenizer, held_out)
+    assert len(certificate["failed"]) == 4
+
+
+# ------------------------------------------------------------------------------------------------------- rounding
+
+
+class Fixed:
+    """Stands for a pass: the differences it is told."""
+
+    def __init__(self, difference_BT, logit_BT):
+        self.told = [np.float64(difference_BT), np.float64(logit_BT)]
+
+    def differences(self, one_BTD, other_BTD):
+        return self.told
+
+
+def test_flips_of_depth_are_counted_with_their_margins_where_tokens_count():
+    one = {"taken_BT": np.array([[[True, False, True]]]), "logit_BT": np.array([[[1e-7, -2.0, 5.0]]])}
+    other = {"taken_BT": np.array([[[False, False, False]]]), "logit_BT": np.array([[[-3e-7, -2.0, 4.0]]])}
+    comparison = Comparison()
+    comparison.add(Fixed([[1e-7, 0, 9]], [[1, 2, 50]]), (None, one), (None, other), np.array([[True, True, False]]), 8)
+    found = comparison.found("float32")
+    assert (found["flips"], found["decisions"], found["tokens"]) == (1, 2, 2)
+    assert found["largest_margin_of_a_flip"] == pytest.approx(3e-7)
+    assert found["largest_depth_logit"] == 2.0
+    assert found["relative"] == pytest.approx(5e-8)
+    assert not found["holds"]  # a flip is measured again in float64, however small the difference that it made
+
+
+def test_a_difference_that_is_not_a_number_is_never_small():
+    comparison = Comparison()
+    for value in (math.nan, 1e-9):
+        comparison.add(Fixed([[value]], [[1.0]]), (None, {}), (None, {}), np.array([[True]]), 0)
+    assert math.isnan(comparison.difference)
+    assert not comparison.found("float32")["holds"]
+
+
+def test_what_only_rounding_moved_is_settled_in_float64():
+    asked = []
+
+    def measure(run):
+        asked.append(run.name)
+        value = 1 + jnp.asarray(1e-10, run.dtype)  # lost in float32
+        return {"holds": bool(value > 1), "of": run.name}
+
+    found = settled(measure, forward("dense"))
+    assert asked == ["float32", "float64"]
+    assert found == {"holds": True, "of": "float64", "in_float32": {"holds": False, "of": "float32"}}
+    asked.clear()
+    assert settled(lambda run: {"holds": True, "of": run.name}, forward("dense")) == {"holds": True, "of": "float32"}
+
+
+def test_float64_is_that_in_earnest(held_out):
+    with jax.enable_x64(True):
+        found = prefixes(of(untrained("hybrid"), jnp.float64), batches_of(held_out), [5, 15], CAUSAL)
+    assert found["precision"] == "float64"
+    assert found["relative"] < 1e-13
+
+
+def test_the_depth_capacity_is_that_of_the_last_step_trained():
+    config = tiny("moe+mod", mod={"capacity": 0.5, "anneal_steps": 80})
+    assert [certify.as_trained(config, step).model.mod.capacity for step in (0, 1, 41, 81)] == [1.0, 1.0, 0.75, 0.5]
+    assert config.model.mod.anneal_steps == 80
+
+
+# ----------------------------------------------------------------------------------------------------- a trained run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config = tiny("moe+mod", steps=6, eval_every=3)
+    config.data.source, config.checkpoint.every, config.mesh.data = "synthetic", 3, 1
+    config.monitor.sample_tokens = 4
+    directory = RunDirectory(tmp_path_factory.mktemp("runs") / "hybrid")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        patch.setattr("lumina_jax.device.matmul_peak", lambda dtype: 1e12)
+        assert train_and_evaluate(config, directory.path) == 0
+    return directory
+
+
+def certified(capsys, *arguments):
+    with pytest.raises(SystemExit) as exit:
+        cli.run(["certify", *map(str, arguments)])
+    return exit.value.code, capsys.readouterr().out
+
+
+def test_the_command_prints_and_writes_the_certificate(run, capsys):
+    code, printed = certified(capsys, run.path, "--rows", 0, "--json")
+    certificate = json.loads(printed)
+    assert code == 0
+    assert json.loads((run.path / "certificate.json").read_text()) == certificate
+    assert certificate["step"] == 6
+    assert certificate["config"] == config_fingerprint(load(str(run.path)))
+    assert certificate["data"] == json.loads(run.data.read_text())["fingerprint"]
+    assert certificate["jax"] == jax.__version__
+    result = json.loads(run.result.read_text())["held_out"]
+    quality, depth = (certificate["measures"][name] for name in ("cross_entropy", "depth"))
+    assert quality["causal"]["nats_per_token"] == pytest.approx(result["loss"], rel=1e-6)
+    assert quality["causal"]["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
+    assert (quality["tokens"], quality["bytes"]) == (result["tokens"], result["bytes"])
+    assert [layer["realised_capacity"] for layer in depth["layers"]] == pytest.approx(result["mod_capacity"], rel=1e-6)
+
+
+def test_a_leak_exits_1_and_says_what_failed(run, capsys, peeking):
+    code, printed = certified(capsys, run.path, "--rows", 6, "--best")
+    assert code == 1
+    assert "NOT causal" in printed
+    assert "swapped suffixes: " in printed
+    assert "NOT causal" in (run.path / "certificate.html").read_text()
+    assert not json.loads((run.path / "certificate.json").read_text())["causal"]
+
+
+def test_other_data_than_the_run_began_with_is_refused(run, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    other.path.mkdir()
+    (other.path / "tokenizer").symlink_to(run.tokenizer)
+    other.config.write_text(run.config.read_text())
+    other.data.write_text(json.dumps(json.loads(run.data.read_text()) | {"fingerprint": "0" * 64}))
+    with pytest.raises(DataError, match=r"trained on other data .* held out is not known"):
+        certify.certify(str(other.path), 4, False, QUIET)
+    other.data.write_text(run.data.read_text())
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        certify.certify(str(other.path), 4, False, QUIET)
+
+
+@pytest.mark.parametrize("rows", ["-1", "1"])
+def test_too_few_rows_are_refused_before_anything_is_loaded(run, rows):
+    with pytest.raises(UsageError, match=f"--rows = {rows}: must be at least 2"):
+        cli.run(["certify", str(run.path), "--rows", rows])
+
+
+def test_routing_modes_are_those_of_evaluation():
+    assert list(certify.ROUTINGS.values()) == [Mode(training=False, top=False), Mode(training=False, top=True)]
