@@ -17,7 +17,7 @@ from flax import nnx
 
 from lumina.architecture import LOGIT_CHUNK, capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
-from lumina.data import prepare
+from lumina.data import TokenStream, prepare
 from lumina.data.rows import Batches, Rows, segments_and_positions
 from lumina.errors import DataError, UsageError
 from lumina.runs.certificate import FORMAT, Passes, verdict
@@ -119,7 +119,10 @@ def examine(
         passes.begin("cross-entropy")
         quality, seen = cross_entropies(forward, batches, modes, tokenizer.token_bytes())
         passes.begin("random tokens")
-        measures = {"cross_entropy": quality, "noise": noise_losses(forward, noise, modes, tokenizer.vocab_size)}
+        measures: dict[str, Any] = {
+            "cross_entropy": quality,
+            "noise": noise_losses(forward, noise, modes, tokenizer.vocab_size),
+        }
         for name, measure in (
             ("prefix", partial(prefixes, batches=batches, lengths=lengths)),
             ("suffix", partial(swaps, batches=batches, vocab_size=tokenizer.vocab_size, end=held_out.document_end_id)),
@@ -155,13 +158,11 @@ def why_no_control(model: ModelConfig, T: int) -> str:
     return ""
 
 
-class Noise:
+class Noise(TokenStream):
     """A stream of independent, uniformly drawn token ids: what no model can predict better than by log V."""
 
-    name = "random"
-
     def __init__(self, vocab_size: int, num_tokens: int, seed: int = 0):
-        self.num_tokens = num_tokens
+        self.name, self.num_tokens = "random", num_tokens
         self._tokens = np.random.default_rng(seed).integers(0, vocab_size, num_tokens).astype(np.int32)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -488,7 +489,7 @@ def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndar
     of_causal = None if model.mod.predictor_width else [in_top(each_NT, count) for each_NT in causal["logit_BT"]]
     layers = []
     for index, number in enumerate(numbers):
-        layer = {
+        layer: dict[str, Any] = {
             "layer": number,
             "realised_capacity": float(np.mean(causal["taken_BT"][index])),
             **foretold(top["logit_BT"][index], top["taken_BT"][index]),
@@ -497,9 +498,9 @@ def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndar
             layer["of_causal_states"] = foretold(causal["logit_BT"][index], of_causal[index])
         layers.append(layer)
     return {
-        "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden states "
-        "are those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised capacity is of "
-        "the causal pass",
+        "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden "
+        "states are those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised "
+        "capacity is of the causal pass",
         "label": "how well a causal decision stands in for top-k: no figure of quality",
         "tokens": int(top["taken_BT"][0].size),
         "capacity": model.mod.capacity,

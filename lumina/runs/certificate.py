@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def verdict(certificate: dict[str, Any]) -> dict[str, Any]:
 def write(directory: Path, certificate: dict[str, Any]) -> None:
     """certificate.json and certificate.html in a run's directory, each whole or not at all."""
     for name, text in (("certificate.json", as_json(certificate)), ("certificate.html", page(certificate))):
-        replace_file(directory / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        replace_file(directory / name, partial(Path.write_text, data=text, encoding="utf-8"))
 
 
 def as_json(certificate: dict[str, Any]) -> str:
