@@ -101,15 +101,16 @@ def examine(subject, tokenizer, held_out):
     return certify.examine(*subject, tokenizer, held_out, 0, QUIET)
 
 
-@partial(jax.jit, static_argnames=("name", "mode"))
-def compiled_logits(name, inputs, segments, positions, mode):
-    model = merge(*untrained(name)[1:])
+@partial(jax.jit, static_argnames=("graphdef", "mode"))
+def compiled_logits(graphdef, variables, inputs, segments, positions, mode):
+    model = merge(graphdef, variables)
     hidden, _, _ = model(inputs, segments, positions, dtype=jnp.float32, mode=mode)
     return hidden @ model.head_DV(jnp.float32)
 
 
 def logits_of(name, batch, mode):
-    return np.asarray(compiled_logits(name, batch["inputs"], batch["segments"], batch["positions"], mode))
+    rows = (batch[key] for key in ("inputs", "segments", "positions"))
+    return np.asarray(compiled_logits(*untrained(name)[1:], *rows, mode))
 
 
 def batches_of(held_out):
