@@ -1,9 +1,11 @@
 """The transformer once more, slowly: loops in numpy and float64, one row at a time, sharing no code with what it checks.
 
-T positions, D model width, H query heads, K key/value heads, h head width, E experts, k choices a token, V vocabulary.
+T positions, D model width, H query heads, K key/value heads, h head width, E experts, A alternatives (the experts, then those
+that do nothing), k choices a token, C selected tokens, V vocabulary.
 Weights are dictionaries from a tensor's name within its layer, such as `attention.query`, to its array.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -21,17 +23,28 @@ def assert_close(actual, expected, tolerance=5e-6):
     assert difference <= tolerance * largest, f"off by {difference:.3g}, where the largest value is {largest:.3g}"
 
 
-def assert_gradients(loss, arrays, gradients, tolerance=1e-5, step=1e-6):
-    """Each of `gradients` agrees with a central difference of `loss(arrays)` along a random direction, one for each array."""
+def assert_gradients(loss, arrays, gradients, tolerance=5e-6):
+    """Each of `gradients` agrees with the slope of `loss(arrays)` along a random direction, one for each array.
+
+    The slope is exact, by a complex step (Squire and Trapp, 1998): Im loss(x + i h v) / h has no difference to lose digits
+    in. So `loss` is made of analytic functions, and compares by real parts.
+    """
     rng = np.random.default_rng(0)
     arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     assert set(arrays) == set(gradients)
     for name, array in arrays.items():
         direction = rng.standard_normal(array.shape)
-        above, below = (loss({**arrays, name: array + sign * step * direction}) for sign in (1, -1))
+        slope = np.imag(loss({**arrays, name: array + 1e-30j * direction})) / 1e-30
         gradient = np.asarray(gradients[name], np.float64)
-        difference = abs(np.sum(gradient * direction) - (above - below) / (2 * step))
-        assert difference <= tolerance * np.linalg.norm(gradient), f"{name}: slope off by {difference:.3g}"
+        assert gradient.shape == array.shape, name
+        difference = abs(np.sum(gradient * direction) - slope)
+        assert difference <= tolerance * np.linalg.norm(gradient), f"{name}: slope off by {difference:.3g} of {slope:.3g}"
+
+
+def wide(array):
+    """In float64, or complex where a step is taken."""
+    array = np.asarray(array)
+    return array.astype(np.complex128 if np.iscomplexobj(array) else np.float64)
 
 
 def equations(jaxpr):
@@ -54,7 +67,7 @@ def random_weights(tensors: list[Tensor], seed: int = 0) -> dict[str, np.ndarray
 
 
 def softmax(x):
-    e = np.exp(x - np.max(x))
+    e = np.exp(x - np.max(np.real(x)))
     return e / np.sum(e)
 
 
@@ -67,17 +80,21 @@ def rms_norm(x, scale, eps):
 
 
 def rotate(x_Th, positions_T, theta):
-    """Each pair (x[i], x[i + h/2]) is a complex number, turned by the angle position * theta^(-2i/h)."""
+    """Each pair (x[i], x[i + h/2]) is a point of the plane, turned by the angle position * theta^(-2i/h)."""
     half = x_Th.shape[-1] // 2
-    angles = np.outer(positions_T, [theta ** (-2 * i / (2 * half)) for i in range(half)])
-    turned = (x_Th[:, :half] + 1j * x_Th[:, half:]) * np.exp(1j * angles)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
+    out_Th = np.zeros_like(x_Th)
+    for t, position in enumerate(positions_T):
+        for i in range(half):
+            angle = position * theta ** (-2 * i / (2 * half))
+            turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+            out_Th[t, [i, i + half]] = turn @ x_Th[t, [i, i + half]]
+    return out_Th
 
 
 def attend(q_THh, k_TKh, v_TKh, segments_T):
     T, H, h = q_THh.shape
     group = H // k_TKh.shape[1]
-    out_THh = np.zeros((T, H, h))
+    out_THh = np.zeros((T, H, h), np.result_type(q_THh, k_TKh, v_TKh))
     for t in range(T):
         seen = [s for s in range(t + 1) if segments_T[s] == segments_T[t]]
         for n in range(H):
@@ -104,46 +121,73 @@ def feedforward(model, gate, up, down, x):
     return (a * (x @ up)) @ down
 
 
-def queue(experts_Tk, capacity):
-    """(slot within its expert, or -1 where the expert is full) of each choice: by position, then by rank."""
-    taken: dict[int, int] = {}
+def choices(moe, preference_A):
+    """The alternatives that a token chooses, best first; of equals the lower one, and the lower group."""
+    alternatives = range(len(preference_A))
+    if moe.num_groups > 1:
+        size = moe.num_experts // moe.num_groups
+        groups = [alternatives[g * size : (g + 1) * size] for g in range(moe.num_groups)]
+        worth = [sum(sorted((preference_A[e] for e in group), reverse=True)[:2]) for group in groups]
+        best = sorted(range(moe.num_groups), key=lambda g: (-worth[g], g))[: moe.top_groups]
+        alternatives = [e for g in best for e in groups[g]]
+    return sorted(alternatives, key=lambda e: (-preference_A[e], e))[: moe.top_k]
+
+
+def queue(experts_Tk, num_experts, capacity):
+    """(slot within its expert, or -1 where there is none) of each choice: by position, then by rank."""
+    taken = [0] * num_experts
     places_Tk = np.full(np.shape(experts_Tk), -1)
-    for t, choices in enumerate(experts_Tk):
-        for rank, e in enumerate(choices):
-            if taken.get(e, 0) < capacity:
-                places_Tk[t, rank] = taken.get(e, 0)
-                taken[e] = taken.get(e, 0) + 1
+    for t, chosen in enumerate(experts_Tk):
+        for rank, e in enumerate(chosen):
+            if e < num_experts and taken[e] < capacity:
+                places_Tk[t, rank] = taken[e]
+                taken[e] += 1
     return places_Tk
 
 
-def moe(model, w, x_TD, training):
-    """Returns ([T, D], metrics)."""
+def moe(model, w, x_TD, training, taken_T=None):
+    """Returns ([T, D], metrics of this row). Tokens that are not taken choose nothing."""
     T, c = len(x_TD), model.moe
-    logits_TE = x_TD @ w["moe.router"]
+    E, A = c.num_experts, c.num_experts + c.noop_experts
+    taken_T = np.ones(T, bool) if taken_T is None else taken_T
+    logits_TA = x_TD @ w["moe.router"]
     score = softmax if c.score == "softmax" else sigmoid
-    scores_TE = np.array([score(logits / c.temperature) for logits in logits_TE])
-    experts_Tk = [
-        sorted(range(c.num_experts), key=lambda e: (-(scores[e] + w["moe.bias"][e]), e))[: c.top_k] for scores in scores_TE
-    ]
-    capacity = math.ceil(T * c.top_k * c.capacity_factor / c.num_experts) if training else T
-    kept_Tk = queue(experts_Tk, capacity) >= 0
-    out_TD = np.zeros(x_TD.shape)
+    scores_TA = np.array([score(logits / c.temperature) for logits in logits_TA])
+    experts_Tk = [choices(c, np.real(scores + w["moe.bias"])) for scores in scores_TA]
+    drops = training and c.dispatch == "capacity"
+    slots = max(1, min(T, math.ceil(T * c.top_k * c.capacity_factor / A))) if drops else T
+    places_Tk = queue([[e if taken else A for e in chosen] for chosen, taken in zip(experts_Tk, taken_T, strict=True)], E, slots)
+    out_TD = np.zeros(x_TD.shape, np.result_type(x_TD, *w.values()))
+    dropped = 0
     for t in range(T):
-        total = sum(scores_TE[t, e] for e in experts_Tk[t]) if c.top_k > 1 else 1.0
+        total = sum(scores_TA[t, e] for e in experts_Tk[t]) if c.top_k > 1 and c.renormalise else 1.0
         for rank, e in enumerate(experts_Tk[t]):
-            if kept_Tk[t, rank]:
+            if places_Tk[t, rank] >= 0:
                 y = feedforward(model, *(w[f"moe.experts.{n}"][e] for n in ("gate", "up", "down")), x_TD[t])
-                out_TD[t] += c.route_scale * scores_TE[t, e] / total * y
+                out_TD[t] += c.route_scale * scores_TA[t, e] / total * y
+            elif e < E and taken_T[t]:
+                dropped += 1
     if c.shared_experts:
         out_TD += feedforward(model, *(w[f"moe.shared.{n}"] for n in ("gate", "up", "down")), x_TD)
-    load_E = np.bincount(np.ravel(experts_Tk), minlength=c.num_experts)
-    share_E = np.mean([scores / np.sum(scores) for scores in scores_TE], axis=0)
+    shares_TA = np.array([scores / np.sum(scores) for scores in scores_TA])
     return out_TD, {
-        "balance_loss": c.num_experts * np.sum(load_E / (T * c.top_k) * share_E),
-        "z_loss": np.mean([np.log(np.sum(np.exp(logits))) ** 2 for logits in logits_TE]),
-        "load_E": load_E,
-        "dropped": np.mean(~kept_Tk),
+        "load_BA": np.array([sum(e in experts_Tk[t] for t in range(T) if taken_T[t]) for e in range(A)]),
+        "share_BA": np.mean(shares_TA, axis=0),
+        "z_loss": np.mean([np.log(np.sum(np.exp(logits))) ** 2 for logits in logits_TA]),
+        "entropy": np.mean([-sum(p * np.log(p) for p in shares) for shares in np.real(shares_TA)]) / math.log(max(A, 2)),
+        "dropped": dropped / (T * c.top_k),
     }
+
+
+def balance_loss(load_BA, share_BA, parts):
+    """`parts` are lists of rows; the rows of one are counted together."""
+    B, A = np.shape(load_BA)
+    total = 0.0
+    for rows in parts:
+        load_A = sum(np.asarray(load_BA[b], np.float64) for b in rows)
+        for b in rows:
+            total += sum(load_A[a] / sum(load_A) * share_BA[b][a] for a in range(A)) * A / B
+    return total
 
 
 def highest(logits_T, count):
@@ -151,52 +195,85 @@ def highest(logits_T, count):
     return sorted(sorted(range(len(logits_T)), key=lambda t: (-logits_T[t], t))[:count])
 
 
-def mod(model, w, z_TD, inner, training):
-    """Returns (gate * inner at the selected positions and zero elsewhere [T, D], inner's training metrics, own metrics)."""
-    T = len(z_TD)
+@functools.cache
+def draw(layer, position):
+    """The number of random routing: the one thing here that cannot be told without its definition."""
+    import jax
+
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), layer), position)
+    return float(jax.random.uniform(key, dtype=np.float32))
+
+
+def depth(model, w, z_TD, positions_T, layer, top):
+    """Who takes a Mixture-of-Depths layer: (positions in temporal order, gates [T], metrics of this row)."""
+    c, T = model.mod, len(z_TD)
     logits_T = z_TD @ w["mod.router"] + w["mod.bias"]
-    causal_T = sigmoid(logits_T) > 0.5
-    chosen = highest(logits_T, math.ceil(T * model.mod.capacity)) if training else list(np.flatnonzero(causal_T))
-    inner_out, metrics = inner(z_TD[chosen]) if chosen else ([], {})
-    out_TD = np.zeros(z_TD.shape)
-    for place, t in enumerate(chosen):
-        out_TD[t] = sigmoid(logits_T[t]) * inner_out[place]
-    selected_T = np.isin(range(T), chosen)
-    return (
-        out_TD,
-        metrics if training else {},  # evaluation may choose none
-        {
-            "predictor_loss": -np.mean(np.log(sigmoid(np.where(selected_T, logits_T, -logits_T)))),
-            "causal_capacity": np.mean(causal_T),
-            "agreement": np.mean(causal_T == selected_T),
-        },
-    )
+    still_TD = np.real(z_TD)  # what teaches the causal decision teaches nothing below it
+    if c.router == "random":
+        causal_T = wish_T = np.array([c.capacity - draw(layer, int(position)) for position in positions_T])
+    else:
+        causal_T, wish_T = still_TD @ w["mod.router"] + w["mod.bias"], np.real(logits_T)
+    if c.predictor_width:
+        hidden = still_TD @ w["mod.predictor.hidden"]
+        causal_T = (hidden * sigmoid(hidden)) @ w["mod.predictor.output"] + w["mod.predictor.bias"]
+    chosen = highest(wish_T, math.ceil(T * c.capacity)) if top else [t for t in range(T) if np.real(causal_T[t]) > 0]
+    taken_T = np.isin(range(T), chosen)
+    nats = [-np.log(sigmoid(logit if taken else -logit)) for logit, taken in zip(causal_T, taken_T, strict=True)]
+    metrics = {
+        "predictor_loss": 0.0 if c.router == "random" else np.mean(nats),
+        "logit_BT": np.real(causal_T),
+        "taken_BT": taken_T,
+    }
+    return chosen, sigmoid(logits_T), metrics
 
 
 # ------------------------------------------------------------------------------------------------------ whole model
 
 
-def block(model, kind, w, x_TD, segments_T, positions_T, training):
+def block(model, kind, w, x_TD, segments_T, positions_T, layer, training, top):
     """Returns ([T, D], {"moe" and "mod", where the layer has them: metrics})."""
-    normed_TD = rms_norm(x_TD, w["attention_norm.scale"], model.norm_eps)
-    x_TD = x_TD + attention(model, w, normed_TD, segments_T, positions_T)
+    metrics, everyone = {}, list(range(len(x_TD)))
 
-    def inner(z):
+    def attend_among(x, chosen):
+        """Among these tokens alone, at the positions and in the documents that they have in the row."""
+        normed = rms_norm(x, w["attention_norm.scale"], model.norm_eps)
+        return attention(model, w, normed, np.asarray(segments_T)[chosen], np.asarray(positions_T)[chosen])
+
+    def inner(x):
+        z = rms_norm(x, w["feedforward_norm.scale"], model.norm_eps)
         if kind.startswith("moe"):
-            return moe(model, w, z, training)
-        return feedforward(model, *(w[f"feedforward.{n}"] for n in ("gate", "up", "down")), z), {}
+            out, metrics["moe"] = moe(model, w, z, training)
+            return out
+        return feedforward(model, *(w[f"feedforward.{n}"] for n in ("gate", "up", "down")), z)
 
-    z_TD, metrics = rms_norm(x_TD, w["feedforward_norm.scale"], model.norm_eps), {}
+    whole = kind.endswith("+mod") and model.mod.scope == "block"
+    if not whole:
+        x_TD = x_TD + attend_among(x_TD, everyone)
+    chosen, gate_T = everyone, np.ones(len(x_TD))
     if kind.endswith("+mod"):
-        out_TD, metrics["moe"], metrics["mod"] = mod(model, w, z_TD, inner, training)
-    else:
-        out_TD, metrics["moe"] = inner(z_TD)
-    return x_TD + out_TD, {group: values for group, values in metrics.items() if values}
+        norm = "attention_norm.scale" if whole else "feedforward_norm.scale"
+        chosen, gate_T, metrics["mod"] = depth(
+            model, w, rms_norm(x_TD, w[norm], model.norm_eps), positions_T, layer, top
+        )
+    if not chosen:
+        if kind.startswith("moe"):
+            metrics["moe"] = {"load_BA": np.zeros(model.moe.num_experts + model.moe.noop_experts)}
+        return x_TD, metrics
+    x_CD = x_TD[chosen]
+    mixed_CD = attend_among(x_CD, chosen) if whole else 0.0
+    out_TD = x_TD.astype(np.result_type(x_TD, *w.values()))
+    out_TD[chosen] = x_CD + gate_T[chosen, None] * (mixed_CD + inner(x_CD + mixed_CD))
+    if "moe" in metrics and not top:
+        # How many choose is not fixed, and what is averaged over tokens is of use to nobody.
+        metrics["moe"] = {"load_BA": metrics["moe"]["load_BA"]} if kind.endswith("+mod") else metrics["moe"]
+    return out_TD, metrics
 
 
-def transformer(model, w, inputs_BT, segments_BT, positions_BT, training):
-    """Logits [B, T, V], and metrics "moe" and "mod": name -> the layers that have it, in order, joined over rows."""
-    w = {name: np.asarray(array, np.float64) for name, array in w.items()}
+def transformer(model, w, inputs_BT, segments_BT, positions_BT, training, top=None):
+    """Logits [B, T, V], and metrics "moe" and "mod": name -> the layers that have it, in order, [L, B, ...] where a row has
+    its own, else the mean over rows. `top` without `training` is the control that selects by the future and drops nothing."""
+    top = training if top is None else top
+    w = {name: wide(array) for name, array in w.items()}
     head_DV = w["embedding.weight"].T if model.tie_embeddings else w["head.weight"]
     logits, per_row = [], []
     for inputs_T, segments_T, positions_T in zip(inputs_BT, segments_BT, positions_BT, strict=True):
@@ -207,15 +284,15 @@ def transformer(model, w, inputs_BT, segments_BT, positions_BT, training):
         for i, kind in enumerate(layer_kinds(model)):
             prefix = f"blocks.{i}."
             own = {name.removeprefix(prefix): array for name, array in w.items() if name.startswith(prefix)}
-            x_TD, metrics = block(model, kind, own, x_TD, segments_T, positions_T, training)
+            x_TD, metrics = block(model, kind, own, x_TD, segments_T, positions_T, i, training, top)
             layers.append(metrics)
         logits.append(rms_norm(x_TD, w["final_norm.scale"], model.norm_eps) @ head_DV)
         per_row.append(layers)
     joined = {}
     for group in ("moe", "mod"):
-        # rows -> layers -> name, to name -> [layers]; counts add up over rows, all else is a mean over them
-        rows = [[metrics[group] for metrics in layers if group in metrics] for layers in per_row]
-        for name in rows[0][0] if rows[0] else ():
-            over_rows = [np.stack([metrics[name] for metrics in row]) for row in rows]
-            joined.setdefault(group, {})[name] = np.sum(over_rows, 0) if name == "load_E" else np.mean(over_rows, 0)
+        # rows -> layers -> name, to name -> [layers, rows, ...]
+        numbers = [i for i, kind in enumerate(layer_kinds(model)) if group in kind]
+        for name in per_row[0][numbers[0]].get(group, ()) if numbers else ():
+            of_rows = [[row[i][group][name] for row in per_row] for i in numbers]
+            joined.setdefault(group, {})[name] = np.array(of_rows) if "_B" in name else np.mean(of_rows, axis=1)
     return np.stack(logits), joined

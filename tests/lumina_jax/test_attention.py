@@ -119,21 +119,40 @@ def test_layer_equals_the_oracle_with_grouped_queries_normed_heads_and_given_pos
     assert_gradients(lambda a: np.sum(cotangent_BTD * oracle(a)), arrays, {"x": dx_BTD, **gradients})
 
 
-def test_cached_attention_equals_uncached():
+# Pieces of a row as it comes: (from, to, whether each row's tokens are written). What is not is filling.
+PIECES = [(0, 4, [[1, 1, 1, 1], [1, 1, 0, 0]]), (2, 6, [[0, 0, 1, 1], [1, 1, 1, 1]]), (6, 7, [[1], [1]])]
+
+
+def test_cached_attention_equals_uncached_whatever_is_written_when():
     weights, x_BTD = _weights(MODEL), _normal(2, T, 8)
-    segments_BT, positions_BT = np.zeros((2, T), np.int32), np.tile(np.arange(T), (2, 1))
+    segments_BT, positions_BT = np.zeros((2, T), np.int32), np.tile(np.arange(T) ** 2, (2, 1))
     whole_BTD, _ = _apply(MODEL, weights, x_BTD, segments_BT, positions_BT, np.zeros_like(x_BTD))
 
     @jax.jit
-    def step(x, positions, cache, start):
-        return _layer(MODEL, weights)(x, jnp.zeros_like(positions), positions, cache, start)
+    def step(x, positions, cache, written):
+        return _layer(MODEL, weights)(x, jnp.zeros_like(positions), positions, cache, written)
 
-    cache = Cache(*(jnp.full((2, T + 3, K, h), 7.0) for _ in "kv"))  # longer than needed, and not empty
-    pieces = []
-    for start, end in ((0, 4), (4, 5), (5, 6), (6, 7)):
-        out, cache = step(x_BTD[:, start:end], positions_BT[:, start:end], cache, start)
-        pieces.append(out)
-    assert_close(np.concatenate(pieces, axis=1), whole_BTD)
+    # Longer than needed, and what is beyond its length is not empty.
+    cache = Cache(*(jnp.full((2, T + 3, K, h), 7.0) for _ in "kv"), jnp.zeros(2, jnp.int32))
+    found_BTD, lengths = np.zeros_like(whole_BTD), []
+    for start, end, written in PIECES:
+        written_BT = np.array(written, bool)
+        out_BTD, cache = step(x_BTD[:, start:end], positions_BT[:, start:end], cache, written_BT)
+        found_BTD[:, start:end][written_BT] = np.asarray(out_BTD)[written_BT]
+        lengths.append(cache.length.tolist())
+    assert lengths == [[4, 2], [6, 6], [7, 7]]
+    assert_close(found_BTD, whole_BTD)
+
+
+def test_a_cache_holds_what_is_written_in_order_and_nothing_else():
+    cache = Cache(*(jnp.full((2, 5, 1, 1), 7.0) for _ in "kv"), jnp.array([0, 1]))
+    new = jnp.arange(1.0, 7).reshape(2, 3, 1, 1)
+    written_BT = np.array([[1, 0, 1], [0, 0, 0]], bool)
+    after, last_BT = cache.append(new, -new, written_BT)
+    assert after.length.tolist() == [2, 1]
+    assert last_BT.tolist() == [[0, 0, 1], [0, 0, 0]]  # what each may see
+    assert after.keys[:, :, 0, 0].tolist() == [[1, 3, 7, 7, 7], [7, 7, 7, 7, 7]]
+    assert after.values[:, :, 0, 0].tolist() == [[-1, -3, 7, 7, 7], [7, 7, 7, 7, 7]]
 
 
 # -------------------------------------------------------------------------------------------------- rotary, RMSNorm
