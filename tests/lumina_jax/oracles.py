@@ -156,7 +156,9 @@ def moe(model, w, x_TD, training, taken_T=None):
     experts_Tk = [choices(c, np.real(scores + w["moe.bias"])) for scores in scores_TA]
     drops = training and c.dispatch == "capacity"
     slots = max(1, min(T, math.ceil(T * c.top_k * c.capacity_factor / A))) if drops else T
-    places_Tk = queue([[e if taken else A for e in chosen] for chosen, taken in zip(experts_Tk, taken_T, strict=True)], E, slots)
+    places_Tk = queue(
+        [[e if taken else A for e in chosen] for chosen, taken in zip(experts_Tk, taken_T, strict=True)], E, slots
+    )
     out_TD = np.zeros(x_TD.shape, np.result_type(x_TD, *w.values()))
     dropped = 0
     for t in range(T):
@@ -252,9 +254,7 @@ def block(model, kind, w, x_TD, segments_T, positions_T, layer, training, top):
     chosen, gate_T = everyone, np.ones(len(x_TD))
     if kind.endswith("+mod"):
         norm = "attention_norm.scale" if whole else "feedforward_norm.scale"
-        chosen, gate_T, metrics["mod"] = depth(
-            model, w, rms_norm(x_TD, w[norm], model.norm_eps), positions_T, layer, top
-        )
+        chosen, gate_T, metrics["mod"] = depth(model, w, rms_norm(x_TD, w[norm], model.norm_eps), positions_T, layer, top)
     if not chosen:
         if kind.startswith("moe"):
             metrics["moe"] = {"load_BA": np.zeros(model.moe.num_experts + model.moe.noop_experts)}

@@ -13,28 +13,55 @@ import pytest
 import lumina_jax.model
 from lumina.architecture import Segment, layer_kinds, layer_plan, tensor_table
 from lumina.config import VARIANTS, MoDConfig, ModelConfig, MoEConfig, load, presets
-from lumina_jax.model import Block, Variables, by_canonical_name, create, from_canonical_names, make_caches, merge
+from lumina_jax.model import (
+    CAUSAL,
+    TRAINING,
+    Block,
+    Mode,
+    Variables,
+    by_canonical_name,
+    create,
+    from_canonical_names,
+    make_caches,
+    merge,
+)
+from lumina_jax.moe import balance_loss
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close, assert_gradients
 
 B, T, V = 2, 9, 11
 
 
-def _config(moe, mod, num_layers=2, jitter=0.0, **fields):
+def _config(moe, mod, num_layers=2, jitter=0.0, experts=(), depth=(), **fields):
     return ModelConfig(
         **{"vocab_size": V, "d_model": 8, "num_heads": 4, "num_kv_heads": 2, "head_dim": 4, "d_ff": 6, **fields},
         num_layers=num_layers,
-        moe=MoEConfig(pattern=moe, num_experts=3, top_k=2, capacity_factor=0.75, jitter=jitter),
-        mod=MoDConfig(pattern=mod, capacity=0.5),
+        moe=MoEConfig(
+            pattern=moe, **{"num_experts": 3, "top_k": 2, "capacity_factor": 0.75, "jitter": jitter, **dict(experts)}
+        ),
+        mod=MoDConfig(pattern=mod, **{"capacity": 0.5, **dict(depth)}),
     )
 
 
+BLOCK, PREDICTED, RANDOM = {"scope": "block"}, {"predictor_width": 3}, {"router": "random"}
+NOOPS = {"noop_experts": 2, "capacity_factor": 1.0, "top_k": 3}
 KINDS = {
     "dense": _config("none", "none"),
     "moe": _config("all", "none"),
     "dense+mod": _config("none", "all"),
     "moe+mod": _config("all", "all"),
 }
+DEPTHS = {
+    "moe+mod predicted": _config("all", "all", depth=PREDICTED),
+    "dense+mod random": _config("none", "all", depth=RANDOM),
+    "dense+mod block": _config("none", "all", depth=BLOCK),
+    "moe+mod block": _config("all", "all", depth=BLOCK, qk_norm=True),
+    "moe+mod block predicted": _config("all", "all", experts=NOOPS, depth=BLOCK | PREDICTED),
+    "moe+mod block random dropless": _config("all", "all", experts={"dispatch": "dropless"}, depth=BLOCK | RANDOM),
+    "dense+mod block every second": _config("none", "every_2", 4, depth=BLOCK),
+    "moe of some layers, mod block of others": _config("0,2", "0,1", 3, depth=BLOCK),
+}
+EVERY = KINDS | DEPTHS
 MIXED = _config("1,2,3,4", "2,4", num_layers=5)  # dense, then twice (moe, moe+mod)
 
 rng = np.random.default_rng(0)
@@ -57,9 +84,9 @@ def _model(config, weights):
     return merge(graphdef, Variables(*(from_canonical_names(config, shape, weights) for shape in shapes)))
 
 
-def _logits_and_metrics(config, weights, batch, training, dtype=jnp.float32, key_B=None, remat=False):
+def _logits_and_metrics(config, weights, batch, mode, dtype=jnp.float32, key_B=None, remat=False):
     model = _model(config, weights)
-    hidden_BTD, metrics, _ = model(*batch, dtype=dtype, training=training, key_B=key_B, remat=remat)
+    hidden_BTD, metrics, _ = model(*batch, dtype=dtype, mode=mode, key_B=key_B, remat=remat)
     return hidden_BTD @ model.head_DV(dtype), metrics
 
 
@@ -70,111 +97,152 @@ def _row_keys(seed):
 _forward = jax.jit(_logits_and_metrics, static_argnums=(0, 3))
 
 
+def _auxiliary(metrics, balance_loss):
+    """The router losses, each the mean over its layers."""
+    total = 0.0
+    if "moe" in metrics:
+        loads, shares = metrics["moe"]["load_BA"], metrics["moe"]["share_BA"]
+        total += sum(balance_loss(load_BA, share_BA) for load_BA, share_BA in zip(loads, shares, strict=True)) / len(loads)
+        total += metrics["moe"]["z_loss"].mean()
+    return total + (metrics["mod"]["predictor_loss"].mean() if "mod" in metrics else 0.0)
+
+
 @functools.cache
-def _mixed_in_float64():
-    """Logits, metrics and gradients of the mixed model in training."""
+def _in_float64(config):
+    """Logits, metrics and gradients in training."""
 
     def loss(weights):
-        logits_BTV, metrics = _logits_and_metrics(MIXED, weights, BATCH, True, jnp.float64)
-        auxiliary = jnp.mean(metrics["moe"]["balance_loss"]) + jnp.mean(metrics["moe"]["z_loss"])
-        return jnp.sum(COTANGENT_BTV * logits_BTV) + auxiliary, (logits_BTV, metrics)
+        logits_BTV, metrics = _logits_and_metrics(config, weights, BATCH, TRAINING, jnp.float64)
+        return jnp.sum(COTANGENT_BTV * logits_BTV) + _auxiliary(metrics, balance_loss), (logits_BTV, metrics)
 
     with jax.enable_x64(True):
-        weights = {name: w.astype(np.float64) for name, w in _weights(MIXED).items()}
+        weights = {name: w.astype(np.float64) for name, w in _weights(config).items()}
         (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
         return jax.tree.map(np.asarray, (*outputs, gradients))
+
+
+def _assert_metrics_close(metrics, expected, tolerance=5e-6):
+    for group in expected:
+        for name, values in expected[group].items():
+            assert_close(metrics[group][name], values, max(tolerance, 1e-6) if name == "dropped" else tolerance)
 
 
 # ------------------------------------------------------------------------------------ against the slow transformer
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_layer_equals_the_slow_transformer(kind, training):
-    config = KINDS[kind]
-    assert layer_kinds(config) == [kind] * 2
-    logits_BTV, metrics = _forward(config, _weights(config), BATCH, training)
-    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, training)
-    assert_close(logits_BTV, expected_BTV)
-    assert set(metrics) == {group for group in ("moe", "mod") if group in kind}
-    if training and "moe" in expected:
-        assert np.all(expected["moe"]["dropped"] > 0)
-    for group in expected:
-        assert set(metrics[group]) == set(expected[group])
-        for name, values in metrics[group].items():
-            if name == "causal_capacity" and not training:  # apart by row
-                values = np.mean(values, axis=1)
-            assert_close(values, expected[group][name])
-
-
-def test_float64_agrees_to_the_last_digits():
-    logits_BTV, metrics, _ = _mixed_in_float64()
-    expected_BTV, expected = oracles.transformer(MIXED, _weights(MIXED), *BATCH, True)
+@pytest.mark.parametrize("name", [*DEPTHS, "mixed"])
+def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(name):
+    config = (EVERY | {"mixed": MIXED})[name]
+    logits_BTV, metrics, gradients = _in_float64(config)
+    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, True)
     assert_close(logits_BTV, expected_BTV, 1e-12)
-    for group, name in (("moe", "balance_loss"), ("moe", "z_loss"), ("mod", "predictor_loss")):
-        assert_close(metrics[group][name], expected[group][name], 1e-12)
-
-
-def test_every_gradient_equals_that_of_the_slow_transformer():
-    _, _, gradients = _mixed_in_float64()
+    assert {group: set(m) for group, m in metrics.items()} == {group: set(m) for group, m in expected.items()}
+    _assert_metrics_close(metrics, expected, 1e-12)
+    if "moe" in expected:
+        assert np.all(expected["moe"]["dropped"] > 0) == (config.moe.dispatch == "capacity")
 
     def loss(weights):
-        logits_BTV, metrics = oracles.transformer(MIXED, weights, *BATCH, True)
-        return np.sum(COTANGENT_BTV * logits_BTV) + np.mean(metrics["moe"]["balance_loss"]) + np.mean(metrics["moe"]["z_loss"])
+        logits_BTV, metrics = oracles.transformer(config, weights, *BATCH, True)
+        rows = [[b] for b in range(B)]
+        auxiliary = _auxiliary(metrics, lambda load_BA, share_BA: oracles.balance_loss(load_BA, share_BA, rows))
+        return np.sum(COTANGENT_BTV * logits_BTV) + auxiliary
 
-    assert_gradients(loss, _weights(MIXED), gradients, tolerance=1e-6)
+    assert_gradients(loss, _weights(config), gradients, tolerance=1e-12)
     for name, gradient in gradients.items():
-        assert np.any(gradient != 0) == (not name.endswith("moe.bias")), name
+        learns = not name.endswith("moe.bias")
+        assert np.any(gradient != 0) == learns, name
 
 
-def test_rematerialisation_recomputes_layers_and_gives_the_same_gradients():
-    config = KINDS["dense"]
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [*((name, TRAINING) for name in KINDS), *((name, CAUSAL) for name in EVERY)],
+    ids=[*(f"{name}, training" for name in KINDS), *(f"{name}, causal" for name in EVERY)],
+)
+def test_float32_equals_the_slow_transformer(name, mode):
+    config = EVERY[name]
+    if name in KINDS:
+        assert layer_kinds(config) == [name] * 2
+    logits_BTV, metrics = _forward(config, _weights(config), BATCH, mode)
+    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, mode.training, mode.top)
+    assert_close(logits_BTV, expected_BTV)
+    assert set(metrics) == set(expected)
+    _assert_metrics_close(metrics, expected)
+    if "mod" in expected:
+        assert 0 < np.mean(expected["mod"]["taken_BT"]) < 1
+
+
+def test_the_top_may_be_selected_without_dropping():
+    config, mode = EVERY["moe+mod block"], Mode(top=True)
+    logits_BTV, metrics = _forward(config, _weights(config), BATCH, mode)
+    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, False, True)
+    assert_close(logits_BTV, expected_BTV)
+    _assert_metrics_close(metrics, expected)
+    assert np.all(metrics["moe"]["dropped"] == 0)
+
+
+def test_rematerialisation_recomputes_layers_and_gives_the_same_gradients_and_metrics():
+    config = KINDS["moe"]
 
     def gradients(remat):
         def loss(weights):
-            return jnp.sum(COTANGENT_BTV * _logits_and_metrics(config, weights, BATCH, True, remat=remat)[0])
+            logits_BTV, metrics = _logits_and_metrics(config, weights, BATCH, TRAINING, remat=remat)
+            return jnp.sum(COTANGENT_BTV * logits_BTV), metrics
 
-        traced = jax.jit(jax.grad(loss)).trace(_weights(config))
+        traced = jax.jit(jax.grad(loss, has_aux=True)).trace(_weights(config))
         assert ("remat" in str(traced.jaxpr)) == remat
         return traced.lower().compile()(_weights(config))
 
-    plain, recomputed = gradients(False), gradients(True)
+    (plain, metrics), (recomputed, again) = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        assert_close(recomputed[name], gradient)
+        if np.any(gradient != 0):
+            assert_close(recomputed[name], gradient)
+    for before, after in zip(jax.tree.leaves(metrics), jax.tree.leaves(again), strict=True):
+        assert_close(after, before)
 
 
 def test_metrics_come_in_the_order_of_the_layers():
     assert layer_plan(layer_kinds(MIXED)) == [Segment(0, ("dense",), 1), Segment(1, ("moe", "moe+mod"), 2)]
-    _, metrics, _ = _mixed_in_float64()
+    _, metrics, _ = _in_float64(MIXED)
     _, expected = oracles.transformer(MIXED, _weights(MIXED), *BATCH, True)
     for group, layers in (("moe", 4), ("mod", 2)):
-        assert set(metrics[group]) == set(expected[group])
-        for name, values in metrics[group].items():
+        for values in metrics[group].values():
             assert len(values) == layers
-            assert_close(values, expected[group][name], 1e-6)
-    assert len(set(np.round(expected["moe"]["balance_loss"], 4))) == 4  # no two layers look alike
+    _assert_metrics_close(metrics, expected, 1e-12)
+    assert len(set(np.round(expected["moe"]["z_loss"], 4))) == 4  # no two layers look alike
 
 
 # ------------------------------------------------------------------------------------------------- what sees what
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_of_a_prefix_does_not_depend_on_what_follows(kind):
-    config, prefix = KINDS[kind], 5
+def _before_and_after(config, prefix, mode):
+    """Logits of one document with two endings."""
     changed_BT = INPUTS_BT.copy()
     changed_BT[:, prefix:] = (changed_BT[:, prefix:] + 1) % V
     one_document = np.zeros((B, T), int)
     before, after = (
-        np.asarray(_forward(config, _weights(config), (inputs, one_document, POSITIONS_BT), False)[0])
+        np.asarray(_forward(config, _weights(config), (inputs, one_document, POSITIONS_BT), mode)[0])
         for inputs in (INPUTS_BT, changed_BT)
     )
+    return before, after
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_causal_logits_of_a_prefix_do_not_depend_on_what_follows(name):
+    prefix = 5
+    before, after = _before_and_after(EVERY[name], prefix, CAUSAL)
     assert_close(after[:, :prefix], before[:, :prefix], 1e-6)
     assert np.max(np.abs(after[:, prefix:] - before[:, prefix:])) > 1e-2
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_documents_equal_each_alone(kind):
-    config, cut = KINDS[kind], 4
+@pytest.mark.parametrize("name", ["dense+mod", "moe+mod block", "moe+mod block predicted"])
+def test_the_top_of_a_row_sees_the_future(name):
+    before, after = _before_and_after(EVERY[name], 5, Mode(top=True))
+    assert np.max(np.abs(after[:, :5] - before[:, :5])) > 1e-2
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_packed_documents_equal_each_alone(name):
+    config, cut = EVERY[name], 4
     first, second = INPUTS_BT[0, :cut], INPUTS_BT[0, cut:]
 
     def alone(document):
@@ -185,7 +253,7 @@ def test_packed_documents_equal_each_alone(kind):
 
     def logits_BTV(*rows):
         inputs, positions, segments = (np.array(column).astype(int) for column in zip(*rows, strict=True))
-        return np.asarray(_forward(config, _weights(config), (inputs, segments, positions), False)[0])
+        return np.asarray(_forward(config, _weights(config), (inputs, segments, positions), CAUSAL)[0])
 
     together_TV, first_TV = logits_BTV(packed, alone(first))
     _, second_TV = logits_BTV(packed, alone(second))
@@ -193,22 +261,49 @@ def test_packed_documents_equal_each_alone(kind):
     assert_close(together_TV[cut:], second_TV[: T - cut])
 
 
-def test_tokens_one_by_one_through_the_caches_equal_the_whole_row():
-    positions_BT = np.tile(np.arange(T), (B, 1))
+# As they come: the first tokens of each row, as many as WRITTEN says, then one at a time; all in pieces of four.
+PIECE, WRITTEN = 4, (4, 2)
 
+
+@functools.cache
+def _piece(config):
     @jax.jit
-    def step(weights, inputs, positions, caches, start):
-        model = _model(MIXED, weights)
-        segments = jnp.zeros_like(positions)
-        hidden, _, caches = model(inputs, segments, positions, dtype=jnp.float32, caches=caches, start=start)
+    def step(weights, inputs, positions, caches, written_BT):
+        model = _model(config, weights)
+        rows = (inputs, jnp.zeros_like(positions), positions)
+        hidden, _, caches = model(*rows, dtype=jnp.float32, caches=caches, written_BT=written_BT)
         return hidden @ model.head_DV(jnp.float32), caches
 
-    caches, pieces = make_caches(MIXED, B, T, jnp.float32), []
-    for t in range(T):
-        logits, caches = step(_weights(MIXED), INPUTS_BT[:, t : t + 1], positions_BT[:, t : t + 1], caches, t)
-        pieces.append(logits)
-    whole = oracles.transformer(MIXED, _weights(MIXED), INPUTS_BT, np.zeros((B, T)), positions_BT, False)[0]
-    assert_close(np.concatenate(pieces, axis=1), whole)
+    return step
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_tokens_through_the_caches_equal_the_whole_row_and_only_those_taken_are_kept(name):
+    config, weights = EVERY[name], _weights(EVERY[name])
+    positions_BT = np.tile(np.arange(T) * 2 + 1, (B, 1))
+    expected_BTV, expected = oracles.transformer(config, weights, INPUTS_BT, np.zeros((B, T)), positions_BT, False)
+    caches, found_BTV = make_caches(config, B, T, jnp.float32), np.full((B, T, V), np.nan)
+    done = np.zeros(B, int)
+    while np.any(done < T):
+        count_B = np.where(done == 0, WRITTEN, np.where(done < T, 1, 0))
+        columns = np.minimum(done[:, None] + np.arange(PIECE), T - 1)  # beyond what is written: filling
+        inputs, positions = (np.take_along_axis(a, columns, axis=1) for a in (INPUTS_BT, positions_BT))
+        written = np.arange(PIECE) < count_B[:, None]
+        logits, caches = _piece(config)(weights, inputs, positions, caches, written)
+        for b in range(B):
+            found_BTV[b, done[b] : done[b] + count_B[b]] = logits[b, : count_B[b]]
+        done += count_B
+    assert_close(found_BTV, expected_BTV)
+    lengths_LB = np.full((config.num_layers, B), T)
+    if config.mod.scope == "block":
+        mod_layers = [i for i, kind in enumerate(layer_kinds(config)) if kind.endswith("+mod")]
+        lengths_LB[mod_layers] = expected["mod"]["taken_BT"].sum(axis=-1)
+        assert len(set(lengths_LB.ravel())) > 1  # rows or layers differ
+    for segment, of_segment in zip(layer_plan(layer_kinds(config)), caches, strict=True):
+        for p, cache in enumerate(of_segment):
+            assert cache.length.tolist() == lengths_LB[list(segment.layers(p))].tolist()
+            kept = np.any(np.asarray(cache.keys) != 0, axis=(-1, -2))
+            assert np.array_equal(kept, np.arange(T) < np.asarray(cache.length)[:, :, None])
 
 
 # --------------------------------------------------------------------------------------------------------- options
@@ -221,7 +316,7 @@ def test_tokens_one_by_one_through_the_caches_equal_the_whole_row():
 )
 def test_options_equal_the_slow_transformer(options):
     config = _config("none", "none", num_layers=1, **options)
-    logits_BTV, _ = _forward(config, _weights(config), BATCH, False)
+    logits_BTV, _ = _forward(config, _weights(config), BATCH, CAUSAL)
     expected_BTV, _ = oracles.transformer(config, _weights(config), *BATCH, False)
     assert_close(logits_BTV, expected_BTV)
 
@@ -231,7 +326,7 @@ def test_the_plan_of_scans_changes_nothing_not_even_random_numbers(monkeypatch):
     assert layer_plan(layer_kinds(config)) == [Segment(0, ("moe",), 2)]
 
     def run():
-        return jax.jit(lambda key_B: _logits_and_metrics(config, _weights(config), BATCH, True, key_B=key_B))
+        return jax.jit(lambda key_B: _logits_and_metrics(config, _weights(config), BATCH, TRAINING, key_B=key_B))
 
     scanned = run()
     expected_BTV, expected = scanned(_row_keys(0))
@@ -247,24 +342,24 @@ def test_the_plan_of_scans_changes_nothing_not_even_random_numbers(monkeypatch):
         assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize(("training", "seed"), [(True, None), (False, 0)], ids=["training_without_key", "evaluation"])
-def test_dropout_and_jitter_act_only_in_training_with_a_key(training, seed):
+@pytest.mark.parametrize(("mode", "seed"), [(TRAINING, None), (CAUSAL, 0)], ids=["training_without_key", "evaluation"])
+def test_dropout_and_jitter_act_only_in_training_with_a_key(mode, seed):
     config = _config("all", "none", num_layers=1, dropout=0.3, jitter=0.3)
     key_B = None if seed is None else _row_keys(seed)
-    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, training, key_B=key_B))(_weights(config))
-    assert_close(logits_BTV, oracles.transformer(config, _weights(config), *BATCH, training)[0])
+    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, mode, key_B=key_B))(_weights(config))
+    assert_close(logits_BTV, oracles.transformer(config, _weights(config), *BATCH, mode.training)[0])
 
 
 def test_dropout_keeps_the_mean():
     key_B = jax.random.split(jax.random.key(0), 100)
-    dropped = np.asarray(Block._drop(SimpleNamespace(dropout=0.25), jnp.ones((100, 10, 10)), True, key_B))
+    dropped = np.asarray(Block._drop(SimpleNamespace(dropout=0.25), jnp.ones((100, 10, 10)), TRAINING, key_B))
     assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
     assert abs(np.mean(dropped) - 1) < 0.03
 
 
 def test_what_a_row_draws_depends_on_its_key_alone():
     config = _config("all", "none", num_layers=1, dropout=0.3, jitter=0.3)
-    noisy = jax.jit(lambda batch, key_B: _logits_and_metrics(config, _weights(config), batch, True, key_B=key_B)[0])
+    noisy = jax.jit(lambda batch, key_B: _logits_and_metrics(config, _weights(config), batch, TRAINING, key_B=key_B)[0])
     key_B = _row_keys(0)
     together_BTV = noisy(BATCH, key_B)
     swapped_BTV = noisy(tuple(a[::-1] for a in BATCH), key_B[::-1])
@@ -279,18 +374,18 @@ def test_bfloat16_compute_keeps_float32_gradients_and_metrics(kind):
     config = KINDS[kind]
 
     def loss(weights):
-        logits_BTV, metrics = _logits_and_metrics(config, weights, BATCH, True, jnp.bfloat16)
+        logits_BTV, metrics = _logits_and_metrics(config, weights, BATCH, TRAINING, jnp.bfloat16)
         return jnp.sum(logits_BTV), (logits_BTV, metrics)
 
     gradients, (logits_BTV, metrics) = jax.eval_shape(jax.grad(loss, has_aux=True), _weights(config))
     assert logits_BTV.dtype == jnp.bfloat16
     assert {gradient.dtype for gradient in gradients.values()} == {np.dtype(np.float32)}
-    assert {a.dtype for a in jax.tree.leaves(metrics)} <= {np.dtype(np.float32), np.dtype(np.int32)}
+    assert {a.dtype for a in jax.tree.leaves(metrics)} <= {np.dtype(np.float32), np.dtype(np.int32), np.dtype(bool)}
 
 
 def test_bfloat16_compute_is_near_the_slow_transformer():
     config = KINDS["moe+mod"]
-    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, True, jnp.bfloat16))(_weights(config))
+    logits_BTV, _ = jax.jit(lambda w: _logits_and_metrics(config, w, BATCH, TRAINING, jnp.bfloat16))(_weights(config))
     assert_close(logits_BTV, oracles.transformer(config, _weights(config), *BATCH, True)[0], 0.05)
 
 

@@ -153,7 +153,9 @@ def test_edges_in_float32_equal_the_loop_forward_and_backward(edge, dispatch):
     bias, taken_BT = EDGES[edge]
     model = _dispatched(NOOPS, dispatch)
     expected_BTD, expected = _check(model, _weights(model, bias), X_BTD, taken_BT, 5e-6)
-    shared_alone = _oracle(model, {n: 0 * w if "experts" in n else w for n, w in _weights(model).items()}, X_BTD, True, taken_BT)
+    shared_alone = _oracle(
+        model, {n: 0 * w if "experts" in n else w for n, w in _weights(model).items()}, X_BTD, True, taken_BT
+    )
     assert np.array_equal(expected_BTD, shared_alone[0]) == (edge == "nothing_but_no_ops")
     load_A = expected["load_BA"].sum(axis=0)
     assert load_A.sum() == 2 * taken_BT.sum()
