@@ -31,12 +31,12 @@ def tokenizer():
     return train_bpe([TEXT], 300)
 
 
-def make(kind, tokenizer):
+def make(kind, tokenizer, **parts):
     """(generator, logits of the last token of a sequence by one pass over all of it) of an untrained model.
 
     It has a head of its own, or it would only repeat the last token.
     """
-    config = tiny(kind, model={"vocab_size": PADDED, "embedding_std": 0.5, "tie_embeddings": False})
+    config = tiny(kind, **parts, model={"vocab_size": PADDED, "embedding_std": 0.5, "tie_embeddings": False})
     config.data.sequence_length = CONTEXT
     graphdef = state_shapes(config)[1]
     variables = jax.jit(lambda: init_state(config)[1].variables)()
@@ -45,7 +45,7 @@ def make(kind, tokenizer):
     def all_logits(tokens_1T):
         model = merge(graphdef, variables)
         positions = jnp.arange(CONTEXT)[None]
-        hidden, _, _ = model(tokens_1T, jnp.zeros_like(tokens_1T), positions, dtype=jnp.float32, training=False)
+        hidden, _, _ = model(tokens_1T, jnp.zeros_like(tokens_1T), positions, dtype=jnp.float32)
         return hidden[0] @ model.head_DV(jnp.float32)
 
     def last_logits(tokens):
@@ -95,6 +95,22 @@ def test_greedy_tokens_with_the_cache_are_those_without(kind, hybrid, tokenizer)
         assert len(expected) == 14
         assert len(set(expected)) > 3
         assert list(generator.tokens(prompt(length), 14, GREEDY)) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("dense+mod", {"mod": {"scope": "block"}}),
+        ("moe+mod", {"mod": {"scope": "block", "predictor_width": 4}, "moe": {"noop_experts": 2, "dispatch": "dropless"}}),
+        ("dense+mod", {"mod": {"scope": "block", "router": "random"}}),
+    ],
+    ids=["block", "block_of_experts_and_no_ops_predicted", "block_at_random"],
+)
+def test_greedy_tokens_of_routed_blocks_with_the_cache_are_those_without(kind, parts, tokenizer):
+    generator, last_logits = make(kind, tokenizer, **parts)
+    expected = greedy(last_logits, tokenizer, prompt(10), 14)
+    assert len(set(expected)) > 3
+    assert list(generator.tokens(prompt(10), 14, GREEDY)) == expected
 
 
 def test_a_prompt_may_be_one_token_and_the_result_may_fill_the_context(hybrid, tokenizer):

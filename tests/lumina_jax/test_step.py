@@ -13,7 +13,7 @@ import pytest
 from lumina.config import GuardConfig, MoEConfig
 from lumina.data.rows import Batches, Rows
 from lumina_jax.mesh import AXIS, one_device, whole
-from lumina_jax.model import Variables, by_canonical_name, merge
+from lumina_jax.model import TRAINING, Variables, by_canonical_name, merge
 from lumina_jax.step import (
     Controls,
     Guard,
@@ -94,23 +94,31 @@ STEPS = 3
 UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)).astype(np.float32) * np.array([[8], [1], [0.1], [3]], np.float32)
 
 
-def double(M):
+def double(M, over="row"):
     """A hybrid whose experts' capacity drops choices, with every auxiliary loss, clipping and the bias at work."""
-    moe = {"bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2}
+    moe = {"bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2, "noop_experts": 1, "balance_over": over}
     optim = {"clip_norm": 0.5, "weight_decay": 0.2, "eps": 1e-4}
     return tiny(moe=moe, mod={"predictor_weight": 0.4}, optim=optim, micro_batches=M)
 
 
-def plain_loss(config, graphdef, variables, batch):
-    """The loss as the paper has it: a full softmax, then a weighted mean over the batch; and the weighted router losses."""
+EXACT = (("row", 1), ("row", 2), ("batch", 1), ("batch", 2), ("batch", 4), ("micro_batch", 2))
+PARTS = {"row": [[0], [1], [2], [3]], "micro_batch": [[0, 2], [1, 3]], "batch": [[0, 1, 2, 3]]}  # rows counted together
+
+
+def plain_loss(config, graphdef, variables, batch, together_BB):
+    """The loss as the paper has it: a full softmax, then a weighted mean over the batch; and the weighted router losses,
+    the loads of the rows that are together added up."""
     model = merge(graphdef, variables)
-    hidden, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=jnp.float64, training=True)
+    hidden, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=jnp.float64, mode=TRAINING)
     log_p = jax.nn.log_softmax(hidden @ model.head_DV(jnp.float64))
     picked = jnp.take_along_axis(log_p, batch["targets"][..., None], axis=-1)[..., 0]
     language = -jnp.sum(batch["weights"] * picked) / jnp.sum(batch["weights"])
     moe, mod = config.model.moe, config.model.mod
+    load_LBA = jnp.einsum("bc,lca->lba", together_BB, metrics["moe"]["load_BA"])
+    load_LBA /= jnp.sum(load_LBA, axis=-1, keepdims=True)
+    balance = load_LBA.shape[-1] * jnp.mean(jnp.sum(load_LBA * metrics["moe"]["share_BA"], axis=-1))
     auxiliary = (
-        moe.balance_weight * jnp.mean(metrics["moe"]["balance_loss"])
+        moe.balance_weight * balance
         + moe.z_weight * jnp.mean(metrics["moe"]["z_loss"])
         + mod.predictor_weight * jnp.mean(metrics["mod"]["predictor_loss"])
     )
@@ -119,82 +127,123 @@ def plain_loss(config, graphdef, variables, batch):
 
 @pytest.fixture(scope="module")
 def exact():
-    """Numpy results of STEPS steps in float64 with 1 and 4 micro-batches, and the gradient of the plain loss before them."""
+    """Numpy results in float64 of STEPS steps for each of EXACT, and the gradients of the plain losses before them."""
     with jax.enable_x64(True):
         batch = random_batch() | {"weights": UNEVEN.astype(np.float64)}
-        found = {"batch": batch}
-        for M in (1, 4):
-            config = double(M)
-            graphdef, state = state_shapes(config)[1], doubled(config)
-            if M == 1:
-                slope = jax.grad(
-                    lambda p, s=state, g=graphdef, c=config: plain_loss(c, g, Variables(p, s.variables.biases), batch),
-                    has_aux=True,
-                )
-                found["gradient"], found["metrics"] = jax.device_get(jax.jit(slope)(state.variables.params))
-            found["start"] = jax.device_get(state)
+        config = double(1)
+        graphdef, state = state_shapes(config)[1], doubled(config)
+        found = {"batch": batch, "start": jax.device_get(state), "gradient": {}}
+        slope = jax.grad(
+            lambda p, together_BB: plain_loss(config, graphdef, Variables(p, state.variables.biases), batch, together_BB),
+            has_aux=True,
+        )
+        slope = jax.jit(slope)
+        for over, parts in PARTS.items():
+            together_BB = np.array([[any({a, b} <= {*part} for part in parts) for b in range(4)] for a in range(4)], float)
+            found["gradient"][over], found["metrics"] = jax.device_get(slope(state.variables.params, together_BB))
+        for over, M in EXACT:
+            config, state, states, history = double(M, over), doubled(double(M, over)), [], []
             step = jax.jit(make_train_step(config, graphdef, dtype=jnp.float64))
-            states, history = [], []
             for _ in range(STEPS):
                 state, metrics = step(state, batch, controls(config))
                 states.append(jax.device_get(state))
                 history.append(jax.device_get(metrics))
-            found[M] = states, history
+            found[over, M] = states, history
     return found
 
 
+def named_start(exact):
+    model, variables = double(1).model, exact["start"].variables
+    return by_canonical_name(model, variables.params) | by_canonical_name(model, variables.biases)
+
+
+def slow(exact):
+    """(logits, metrics by row) of the slow transformer, before the first step."""
+    batch = exact["batch"]
+    return oracles.transformer(
+        double(1).model, named_start(exact), batch["inputs"], batch["segments"], batch["positions"], training=True
+    )
+
+
 def test_float64_stays_float64(exact):
-    assert {leaf.dtype for leaf in leaves(exact[4][0][-1].variables)} == {np.dtype(np.float64)}
+    assert {leaf.dtype for leaf in leaves(exact["row", 2][0][-1].variables)} == {np.dtype(np.float64)}
 
 
-def test_four_micro_batches_of_uneven_weight_equal_one(exact):
-    one, four = (exact[M][0][-1] for M in (1, 4))
-    assert_states_close(four, one)
+@pytest.mark.parametrize(("over", "M"), [("row", 2), ("batch", 2), ("batch", 4)])
+def test_micro_batches_of_uneven_weight_change_no_parameter_moment_or_bias(exact, over, M):
+    assert_states_close(exact[over, M][0][-1], exact[over, 1][0][-1])
 
 
-def test_four_micro_batches_report_what_one_does(exact):
-    for one, four in zip(exact[1][1], exact[4][1], strict=True):
-        for a, b in zip(leaves(one), leaves(four), strict=True):
+@pytest.mark.parametrize(("over", "M"), [("row", 2), ("batch", 2), ("batch", 4)])
+def test_micro_batches_report_what_the_whole_batch_does(exact, over, M):
+    for one, several in zip(exact[over, 1][1], exact[over, M][1], strict=True):
+        assert jax.tree.structure(one) == jax.tree.structure(several)
+        for a, b in zip(leaves(one), leaves(several), strict=True):
             assert_close(b, a, 1e-6 if a.dtype == np.float32 else 1e-12)  # shares of choices are float32 in any case
 
 
-@pytest.mark.parametrize("M", [1, 4])
-def test_the_reported_loss_is_the_language_model_loss_alone_weighted_over_the_whole_batch(exact, M):
-    named = by_canonical_name(double(1).model, exact["start"].variables.params) | by_canonical_name(
-        double(1).model, exact["start"].variables.biases
-    )
-    batch = exact["batch"]
-    logits, _ = oracles.transformer(
-        double(1).model, named, batch["inputs"], batch["segments"], batch["positions"], training=True
-    )
+def test_what_the_balance_is_taken_over_matters(exact):
+    balances = [exact[of][1][0]["moe"]["balance_loss"] for of in (("row", 1), ("micro_batch", 2), ("batch", 1))]
+    for a, b in ((0, 1), (1, 2), (0, 2)):
+        assert np.all(np.abs(balances[a] - balances[b]) > 1e-3)
+    states = [exact[of][0][0].variables.params for of in (("row", 1), ("micro_batch", 2), ("batch", 1))]
+    assert differ(states[0], states[1])
+    assert differ(states[1], states[2])
+
+
+@pytest.mark.parametrize(("over", "M"), EXACT)
+def test_router_metrics_equal_the_slow_ones_summarised(exact, over, M):
+    _, metrics = slow(exact)
+    found = exact[over, M][1][0]
+    experts, depth = metrics["moe"], metrics["mod"]
+    assert np.array_equal(found["moe"]["load_A"], experts["load_BA"].sum(axis=1))
+    shares_of_layers = zip(experts["load_BA"], experts["share_BA"], strict=True)
+    assert_close(found["moe"]["balance_loss"], [oracles.balance_loss(*layer, PARTS[over]) for layer in shares_of_layers], 1e-12)
+    decided_LBT = depth["logit_BT"] > 0
+    expected = {
+        "moe": {name: experts[name] for name in ("z_loss", "entropy", "dropped")},
+        "mod": {
+            "predictor_loss": depth["predictor_loss"],
+            "causal_capacity": decided_LBT.mean(axis=(1, 2)),
+            "agreement": (decided_LBT == depth["taken_BT"]).mean(axis=(1, 2)),
+        },
+    }
+    assert {*found["moe"]} == {*expected["moe"], "load_A", "balance_loss"}
+    assert {*found["mod"]} == {*expected["mod"]}
+    for group, names in expected.items():
+        for name, values in names.items():
+            assert_close(found[group][name], values, 1e-6 if found[group][name].dtype == np.float32 else 1e-12)
+
+
+@pytest.mark.parametrize(("over", "M"), EXACT)
+def test_the_reported_loss_is_the_language_model_loss_alone_weighted_over_the_whole_batch(exact, over, M):
+    logits, _ = slow(exact)
     nats = np.zeros((4, T))
     for b in range(4):
         for t in range(T):
-            nats[b, t] = -np.log(oracles.softmax(logits[b, t])[batch["targets"][b, t]])
-    assert_close(exact[M][1][0]["loss"], np.sum(UNEVEN * nats, dtype=np.float64) / np.sum(UNEVEN, dtype=np.float64), 1e-12)
-    assert abs(np.mean(nats) - exact[M][1][0]["loss"]) > 1e-4  # the weights matter
+            nats[b, t] = -np.log(oracles.softmax(logits[b, t])[exact["batch"]["targets"][b, t]])
+    loss = exact[over, M][1][0]["loss"]
+    assert_close(loss, np.sum(UNEVEN * nats, dtype=np.float64) / np.sum(UNEVEN, dtype=np.float64), 1e-12)
+    assert abs(np.mean(nats) - loss) > 1e-4  # the weights matter
 
 
 def test_accuracy_is_the_weighted_share_of_targets_that_are_most_likely(exact):
-    config, batch = double(1), exact["batch"]
-    named = by_canonical_name(config.model, exact["start"].variables.params) | by_canonical_name(
-        config.model, exact["start"].variables.biases
-    )
-    logits, _ = oracles.transformer(config.model, named, batch["inputs"], batch["segments"], batch["positions"], training=True)
-    right = np.argmax(logits, axis=-1) == batch["targets"]
-    assert_close(exact[4][1][0]["accuracy"], np.sum(UNEVEN[right], dtype=np.float64) / np.sum(UNEVEN, dtype=np.float64), 1e-12)
+    right = np.argmax(slow(exact)[0], axis=-1) == exact["batch"]["targets"]
+    expected = np.sum(UNEVEN[right], dtype=np.float64) / np.sum(UNEVEN, dtype=np.float64)
+    assert_close(exact["row", 2][1][0]["accuracy"], expected, 1e-12)
 
 
-def test_a_step_is_adamw_on_the_gradient_of_the_plain_loss(exact):
+@pytest.mark.parametrize(("over", "M"), [("row", 1), ("batch", 4), ("micro_batch", 2)])
+def test_a_step_is_adamw_on_the_gradient_of_the_plain_loss(exact, over, M):
     config = double(1)
     optim, model = config.optim, config.model
     before, after, gradient = (
         by_canonical_name(model, tree)
-        for tree in (exact["start"].variables.params, exact[1][0][0].variables.params, exact["gradient"])
+        for tree in (exact["start"].variables.params, exact[over, M][0][0].variables.params, exact["gradient"][over])
     )
     norm = math.sqrt(sum(np.sum(g**2) for g in gradient.values()))
     assert norm > optim.clip_norm
-    assert_close(exact[1][1][0]["gradient_norm"], norm, 1e-12)
+    assert_close(exact[over, M][1][0]["gradient_norm"], norm, 1e-12)
     rate = optim.learning_rate / optim.warmup_steps
     for name, g in gradient.items():
         g = g * optim.clip_norm / norm
@@ -205,41 +254,48 @@ def test_a_step_is_adamw_on_the_gradient_of_the_plain_loss(exact):
 
 
 def test_every_learning_rate_of_the_warm_up_is_used(exact):
-    found = [metrics["learning_rate"] for metrics in exact[1][1]]
+    found = [metrics["learning_rate"] for metrics in exact["row", 1][1]]
     assert_close(found, [1e-2 * n / 4 for n in (1, 2, 3)], 1e-6)
 
 
 def test_expert_loads_are_counted_over_all_micro_batches(exact):
-    for M in (1, 4):
-        load_LE = exact[M][1][0]["moe"]["load_E"]
-        assert np.array_equal(load_LE, exact["metrics"]["moe"]["load_E"])
-        assert (load_LE.sum(axis=-1) == 4 * 10 * 2).all()  # rows, tokens that MoD selects of 16, choices
+    for of in EXACT:
+        load_LA = exact[of][1][0]["moe"]["load_A"]
+        assert np.array_equal(load_LA, exact["metrics"]["moe"]["load_BA"].sum(axis=1))
+        assert (load_LA.sum(axis=-1) == 4 * 10 * 2).all()  # rows, tokens that MoD selects of 16, choices
 
 
 def test_router_biases_move_once_a_step_against_the_load_and_stay_centred(exact):
-    for M in (1, 4):
-        bias_LE = np.zeros((2, 4))
-        for state, metrics in zip(*exact[M], strict=True):
-            load_LE = metrics["moe"]["load_E"].astype(float)
-            sign_LE = np.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
-            bias_LE += 0.05 * (sign_LE - sign_LE.mean(axis=1, keepdims=True))
+    for of in EXACT:
+        bias_LA = np.zeros((2, 5))  # four experts and a choice of nothing
+        for state, metrics in zip(*exact[of], strict=True):
+            load_LA = metrics["moe"]["load_A"].astype(float)
+            sign_LA = np.sign(load_LA.mean(axis=1, keepdims=True) - load_LA)
+            bias_LA += 0.05 * (sign_LA - sign_LA.mean(axis=1, keepdims=True))
             (found,) = leaves(state.variables.biases)
-            assert_close(found, bias_LE, 1e-6)
+            assert_close(found, bias_LA, 1e-6)
             assert_close(found.sum(axis=1) + 1, [1, 1], 1e-6)
-        assert np.abs(bias_LE).max() > 0
+        assert np.all(np.abs(bias_LA).max(axis=0) > 0)
 
 
 # ---------------------------------------------------------------------------------------------------- several devices
 
-SPREAD = ((1, 1), (2, 4), (4, 2), (8, 1))  # devices, micro-batches
+# What the balance is taken over, devices, micro-batches; each as the first of its kind.
+SPREAD = (
+    *(("batch", 1, 1), ("batch", 2, 4), ("batch", 8, 1)),
+    *(("row", 1, 1), ("row", 4, 2)),
+    *(("micro_batch", 1, 2), ("micro_batch", 4, 2)),
+)
+FIRST = {over: (over, N, M) for over, N, M in SPREAD[::-1]}
+SEVERAL = [of for of in SPREAD if of not in FIRST.values()]
 TOKEN_BYTES = np.random.default_rng(4).integers(0, 9, V).astype(np.int32)
 # Rows of very different weight, and one of none: alone on its device where there are eight.
 UNEVEN_8 = np.concatenate([UNEVEN, np.zeros((1, T)), 5 * UNEVEN[1:]])
 
 
-def both_kinds(M):
+def both_kinds(over, M):
     """A dense layer and a moe+mod, and all that training has: dropout, jitter, drops, router losses, biases and clipping."""
-    moe = {"pattern": "1", "bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2, "jitter": 0.2}
+    moe = {"pattern": "1", "bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2, "jitter": 0.2, "balance_over": over}
     mod = {"pattern": "1", "predictor_weight": 0.4}
     optim = {"clip_norm": 0.5, "weight_decay": 0.2, "eps": 1e-4}
     return tiny("dense", {"dropout": 0.2}, moe, mod, optim, batch_size=8, micro_batches=M)
@@ -247,13 +303,13 @@ def both_kinds(M):
 
 @pytest.fixture(scope="module")
 def spread():
-    """(devices, micro-batches) -> numpy results of two steps in float64 and, last, of a batch that has a NaN in one row."""
+    """What SPREAD names -> numpy results of two steps in float64 and, last, of a batch that has a NaN in one row."""
     with jax.enable_x64(True):
         batch, found = random_batch(8) | {"weights": UNEVEN_8}, {}
         bad = UNEVEN_8.copy()
         bad[6, 3] = np.nan
-        for N, M in SPREAD:
-            config = both_kinds(M)
+        for over, N, M in SPREAD:
+            config = both_kinds(over, M)
             mesh = jax.make_mesh((N,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:N])
             state = doubled(config, mesh)
             step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh, TOKEN_BYTES, jnp.float64))
@@ -261,36 +317,36 @@ def spread():
             for weights in (UNEVEN_8, UNEVEN_8, bad):
                 state, metrics = step(state, batch | {"weights": weights}, knobs)
                 history.append(jax.device_get((state, metrics)))
-            found[N, M] = history
+            found[over, N, M] = history
     return found
 
 
-@pytest.mark.parametrize(("N", "M"), SPREAD[1:])
-def test_devices_and_micro_batches_change_no_parameter_moment_or_bias(spread, N, M):
-    for (one, _), (several, _) in zip(spread[1, 1], spread[N, M], strict=True):
+@pytest.mark.parametrize("of", SEVERAL)
+def test_devices_and_micro_batches_change_no_parameter_moment_or_bias(spread, of):
+    for (one, _), (several, _) in zip(spread[FIRST[of[0]]], spread[of], strict=True):
         assert_states_close(several, one)
 
 
-@pytest.mark.parametrize(("N", "M"), SPREAD[1:])
-def test_devices_and_micro_batches_change_no_metric(spread, N, M):
-    for (_, one), (_, several) in zip(spread[1, 1][:2], spread[N, M][:2], strict=True):
+@pytest.mark.parametrize("of", SEVERAL)
+def test_devices_and_micro_batches_change_no_metric(spread, of):
+    for (_, one), (_, several) in zip(spread[FIRST[of[0]]][:2], spread[of][:2], strict=True):
         assert set(one) == set(several) >= {"loss", "accuracy", "moe", "mod", "gradient_norm", "skipped", "text_bytes"}
         for a, b in zip(leaves(one | {"stop": 0}), leaves(several | {"stop": 0}), strict=True):
             assert a.shape == b.shape
             assert_close(b, a, 1e-6 if a.dtype == np.float32 else 1e-12)  # shares of choices are float32 in any case
 
 
-@pytest.mark.parametrize(("N", "M"), SPREAD)
-def test_a_nan_in_one_row_skips_the_update_on_every_device(spread, N, M):
-    (before, _), (after, metrics) = spread[N, M][1:]
+@pytest.mark.parametrize("of", SPREAD)
+def test_a_nan_in_one_row_skips_the_update_on_every_device(spread, of):
+    (before, _), (after, metrics) = spread[of][1:]
     assert not np.isfinite(metrics["loss"])
     assert metrics["skipped"] == 1
     assert_same_bits(after._replace(step=0, guard=after.guard.losses_W), before._replace(step=0, guard=before.guard.losses_W))
 
 
-@pytest.mark.parametrize(("N", "M"), SPREAD)
-def test_every_device_learns_how_many_were_asked_to_stop(spread, N, M):
-    assert [metrics["stop"] for _, metrics in spread[N, M]] == [sum(range(N))] * 3
+@pytest.mark.parametrize("of", SPREAD)
+def test_every_device_learns_how_many_were_asked_to_stop(spread, of):
+    assert [metrics["stop"] for _, metrics in spread[of]] == [sum(range(of[1]))] * 3
 
 
 def test_bytes_of_text_are_those_of_targets_that_count(spread):
@@ -472,7 +528,7 @@ def test_the_learning_rate_scale_scales_the_whole_update_decay_included(hybrid):
 def test_without_a_bias_rate_router_biases_stay(hybrid):
     config, step, state = hybrid
     after, metrics = step(state, random_batch(), controls(config))
-    assert (np.ptp(metrics["moe"]["load_E"], axis=1) > 0).all()
+    assert (np.ptp(metrics["moe"]["load_A"], axis=1) > 0).all()
     assert_same_bits(after.variables.biases, state.variables.biases)
 
 
@@ -502,17 +558,25 @@ def test_another_seed_gives_another_model(hybrid):
 def test_router_biases_of_interleaved_layers_follow_their_own_loads():
     config = tiny(model={"num_layers": 4}, moe={"pattern": "0,2,3", "bias_rate": 0.1}, mod={"pattern": "2"})
     biases = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
-    load_LE = jnp.array([[9, 1, 1, 1], [1, 9, 1, 1], [2, 2, 2, 6]], jnp.int32)  # of layers 0, 2 and 3
-    found = by_canonical_name(config.model, update_biases(config.model, biases, {"moe": {"load_E": load_LE}}))
+    load_LA = jnp.array([[9, 1, 1, 1], [1, 9, 1, 1], [2, 2, 2, 6]], jnp.int32)  # of layers 0, 2 and 3
+    found = by_canonical_name(config.model, update_biases(config.model, biases, {"moe": {"load_A": load_LA}}))
     for layer, heavy in ((0, 0), (2, 1), (3, 3)):
         expected = np.where(np.arange(4) == heavy, -0.15, 0.05)  # signs -1 and +1, less their mean of 0.5, times the rate
         assert_close(found[f"blocks.{layer}.moe.bias"], expected, 1e-6)
 
 
+def test_the_bias_of_a_choice_of_nothing_follows_its_load_like_any_other():
+    config = tiny("moe", moe={"bias_rate": 0.1, "noop_experts": 2}, model={"num_layers": 1})
+    biases = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
+    load_LA = jnp.array([[5, 5, 5, 5, 0, 10]], jnp.int32)
+    found = by_canonical_name(config.model, update_biases(config.model, biases, {"moe": {"load_A": load_LA}}))
+    assert_close(found["blocks.0.moe.bias"], [0, 0, 0, 0, 0.1, -0.1], 1e-6)
+
+
 def test_an_evenly_loaded_router_keeps_its_bias():
     config = tiny(moe={"bias_rate": 0.1})
     biases = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
-    assert_same_bits(update_biases(config.model, biases, {"moe": {"load_E": jnp.full((2, 4), 5)}}), biases)
+    assert_same_bits(update_biases(config.model, biases, {"moe": {"load_A": jnp.full((2, 4), 5)}}), biases)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
