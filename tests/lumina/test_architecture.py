@@ -184,3 +184,82 @@ def test_memory_counts_weights_gradients_and_two_moments():
     assert (needed.weights, needed.gradients, needed.optimizer) == (4 * total, 4 * total, 8 * total)
     config.train.micro_batches = 2
     assert a.memory(config).gradients == 8 * total
+
+
+# ------------------------------------------------------------------------------------------------- every kind of routing
+
+SMALL = {"vocab_size": 30, "d_model": 10, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "d_ff": 7}
+ATTENTION = 10 * 6 * (2 * 4 + 2 * 2)
+EXPERT = 3 * 10 * 7
+
+
+def routed(moe=(), mod=(), T=9):
+    model = ModelConfig(**SMALL, moe=MoEConfig(**dict(moe)), mod=MoDConfig(**dict(mod)))
+    return Config(model, DataConfig(sequence_length=T))
+
+
+def test_a_block_that_tokens_skip_is_counted_with_its_attention():
+    count = a.counts(routed(mod={"pattern": "all", "capacity": 0.5, "scope": "block"}))
+    outside, always, skipped = 30 * 10 + 10, 10 + (10 + 1), ATTENTION + 10 + EXPERT  # a norm and the router; and the rest
+    share = 5 / 9
+    assert count.total == count.most_active == outside + 2 * (always + skipped)
+    assert count.mean_active == round(outside + 2 * (always + share * skipped))
+    pairs = sum(range(1, 6)) / 9  # of the 5 that are selected, each sees those before it and itself
+    scores = 4 * 4 * 6 * pairs
+    matrices = 30 * 10 + 2 * (10 + share * (ATTENTION + EXPERT))
+    assert count.forward_flops == round(2 * matrices + 2 * scores)
+
+
+def test_a_block_takes_no_more_than_its_feed_forward_alone_where_nothing_is_skipped():
+    whole, part = (a.counts(routed(mod={"pattern": "all", "capacity": 1.0, "scope": scope})) for scope in ("block", "ffn"))
+    assert whole == part
+
+
+def test_choices_of_nothing_are_routed_to_and_cost_nothing():
+    count = a.counts(routed(moe={"pattern": "all", "num_experts": 6, "top_k": 2, "noop_experts": 4}))
+    outside, layer = 30 * 10 + 10, 2 * 10 + ATTENTION + 10 * (6 + 4)  # norms, and a router that knows all ten
+    assert count.total == outside + 2 * (layer + 6 * EXPERT)
+    assert count.most_active == outside + 2 * (layer + 2 * EXPERT)
+    assert count.mean_active == outside + round(2 * (layer + 2 * 6 / 10 * EXPERT))
+    pairs = sum(range(1, 10)) / 9
+    assert count.forward_flops == round(2 * (300 + 2 * (layer - 20 + 1.2 * EXPERT)) + 2 * 4 * 4 * 6 * pairs)
+    biases = [t.shape for t in a.tensor_table(routed(moe={"pattern": "0", "noop_experts": 4}).model) if t.name.endswith("bias")]
+    assert biases == [(12,)]
+
+
+def test_a_predictor_is_counted_for_every_token():
+    depth = {"pattern": "all", "capacity": 0.5}
+    without, with_one = (a.counts(routed(mod=depth | {"predictor_width": width})) for width in (0, 3))
+    predictor = 10 * 3 + 3
+    assert with_one.total - without.total == 2 * (predictor + 1)
+    assert with_one.mean_active - without.mean_active == 2 * (predictor + 1)
+    assert with_one.forward_flops - without.forward_flops == 2 * 2 * predictor
+
+
+def test_experts_in_a_block_that_tokens_skip_are_used_by_the_product_of_both_shares():
+    config = routed({"pattern": "all", "num_experts": 6, "top_k": 2, "noop_experts": 4}, {"pattern": "all", "scope": "block"})
+    uses = {t.name: a.use_of(t, "moe+mod", config.model, 9) for t in a.tensor_table(config.model) if ".0." in t.name}
+    share = 7 / 9  # ceil(0.75 * 9)
+    assert uses["blocks.0.moe.experts.up"] == pytest.approx((share * 2 / 10, 2 / 6))
+    assert uses["blocks.0.moe.router"] == uses["blocks.0.attention.query"] == pytest.approx((share, 1))
+    assert uses["blocks.0.feedforward_norm.scale"] == pytest.approx((share, 1))
+    assert uses["blocks.0.attention_norm.scale"] == uses["blocks.0.mod.router"] == (1, 1)
+
+
+@pytest.mark.parametrize(("steps", "start", "end"), [(8, 1.0, 0.2), (80, 1.0, 0.5), (1000, 0.9, 0.25), (3, 1.0, 0.5)])
+def test_an_annealed_capacity_falls_in_stages_from_the_first_to_the_last(steps, start, end):
+    mod = MoDConfig(capacity=end, start_capacity=start, anneal_steps=steps)
+    values = [a.depth_capacity_at(mod, step) for step in range(steps + 5)]
+    assert values[0] == start
+    assert values[steps:] == [end] * 5
+    assert values[steps - 1] > end
+    falls = [i for i in range(1, len(values)) if values[i] != values[i - 1]]
+    assert all(values[i] < values[i - 1] for i in falls)
+    assert len(falls) == min(8, steps)
+    if steps % 8 == 0:
+        assert falls == [steps // 8 * n for n in range(1, 9)]
+        assert values[steps // 2] == pytest.approx((start + end) / 2)
+
+
+def test_a_capacity_that_is_not_annealed_is_the_same_in_every_step():
+    assert {a.depth_capacity_at(MoDConfig(capacity=0.3), step) for step in (0, 1, 10**6)} == {0.3}

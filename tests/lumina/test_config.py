@@ -87,6 +87,24 @@ def test_overrides_take_every_type():
         ("--config.model.mod.capacity=0", "above 0 and at most 1"),
         ("--config.model.mod.capacity=1.5", "above 0 and at most 1"),
         ("--config.model.dropout=1", "from 0 to below 1"),
+        ("--config.model.moe.dispatch=dropfree", "model.moe.dispatch = 'dropfree': must be one of capacity, dropless"),
+        ("--config.model.moe.noop_experts=-1", "model.moe.noop_experts = -1: must be at least 0"),
+        ("--config.model.moe.num_groups=0", "model.moe.num_groups = 0: must be at least 1"),
+        ("--config.model.moe.num_groups=3", "model.moe.num_groups = 3: must divide model.moe.num_experts = 8"),
+        ("--config.model.moe.top_groups=0", "model.moe.top_groups = 0: must be at least 1"),
+        ("--config.model.moe.top_groups=2", "model.moe.top_groups = 2: must be at most 1, the num_groups"),
+        ("--config.model.moe.balance_over=rows", "model.moe.balance_over = 'rows': must be one of row, micro_batch, batch"),
+        ("--config.model.moe.grouped_form=block", "model.moe.grouped_form = 'block': must be one of auto, blocks, ragged"),
+        ("--config.model.moe.renormalise=perhaps", "model.moe.renormalise=perhaps"),
+        ("--config.model.mod.scope=layer", "model.mod.scope = 'layer': must be one of ffn, block"),
+        (
+            "--config.model.mod.router=randm",
+            "model.mod.router = 'randm': must be one of learned, random (did you mean random?)",
+        ),
+        ("--config.model.mod.start_capacity=0", "model.mod.start_capacity = 0.0: must be above 0 and at most 1"),
+        ("--config.model.mod.start_capacity=1.1", "model.mod.start_capacity = 1.1: must be above 0 and at most 1"),
+        ("--config.model.mod.anneal_steps=-1", "model.mod.anneal_steps = -1: must be at least 0"),
+        ("--config.model.mod.predictor_width=-1", "model.mod.predictor_width = -1: must be at least 0"),
         ("--config.optim.learning_rate=nan", "finite"),
         ("--config.optim.warmup_steps=1000", "below train.steps = 1000"),
         ("--config.train.micro_batches=5", "multiple of train.micro_batches = 5"),
@@ -144,6 +162,23 @@ def test_the_least_that_is_possible_is_taken(flag):
     name, _, value = flag.partition("=")
     group, field = name.split(".")
     assert str(getattr(getattr(c.override(c.Config(), [f"--config.{flag}"]), group), field)).removesuffix(".0") == value
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["moe.num_groups=4", "moe.top_k=3"], "model.moe.top_k = 3: must be at most 2, the experts in top_groups groups"),
+        (["moe.num_groups=2", "moe.noop_experts=1"], "model.moe.noop_experts = 1: must be 0 with num_groups above 1"),
+        (
+            ["mod.router=random", "mod.predictor_width=4"],
+            "model.mod.predictor_width = 4: must be 0 with model.mod.router = random",
+        ),
+    ],
+)
+def test_routing_that_does_not_go_together_is_refused_by_name(flags, said):
+    message = refused([f"--config.model.{flag}" for flag in flags])
+    assert said in message
+    assert "\n" not in message
 
 
 def test_early_stopping_needs_evaluations():
