@@ -66,7 +66,7 @@ MUTANTS = [
         'loss = sums.loss / jnp.sum(micro["weights"]) / M\n',
         STEP,
     ),
-    Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, M,", "fori_loop(0, M - 1,", STEP),
+    Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, count,", "fori_loop(0, count - 1,", STEP),
     Mutant(
         "router losses added up over micro-batches", "lumina_jax/step.py", "else a / parts, metrics)", "else a, metrics)", STEP
     ),
@@ -101,21 +101,21 @@ MUTANTS = [
     Mutant(
         "router bias follows the load",
         "lumina_jax/step.py",
-        "jnp.mean(load_LE, axis=-1, keepdims=True) - load_LE",
-        "load_LE - jnp.mean(load_LE, axis=-1, keepdims=True)",
+        "jnp.mean(load_LA, axis=-1, keepdims=True) - load_LA",
+        "load_LA - jnp.mean(load_LA, axis=-1, keepdims=True)",
         STEP,
     ),
     # -------------------------------------------------------------------------------------------------------- attention
     Mutant(
         "segment mask dropped",
-        "lumina_jax/attention.py",
+        "lumina_jax/attend.py",
         "causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])",
         "jnp.broadcast_to(causal_TS, (B, T, S))",
         ATTENTION,
     ),
     Mutant(
         "a query sees the next key",
-        "lumina_jax/attention.py",
+        "lumina_jax/attend.py",
         "offset + jnp.arange(T)[:, None] >=",
         "offset + 1 + jnp.arange(T)[:, None] >=",
         ATTENTION,
@@ -142,38 +142,115 @@ MUTANTS = [
         ATTENTION,
     ),
     # --------------------------------------------------------------------------------------------- Mixture-of-Experts
-    Mutant("top-1 gate renormalised", "lumina_jax/moe.py", "if moe.top_k > 1:", "if moe.top_k > 0:", MOE),
+    Mutant(
+        "top-1 gate renormalised",
+        "lumina_jax/moe.py",
+        "if moe.renormalise and moe.top_k > 1:",
+        "if moe.renormalise and moe.top_k > 0:",
+        MOE,
+    ),
     Mutant(
         "gate with the selection bias",
         "lumina_jax/moe.py",
-        "jnp.take_along_axis(scores_BTE, experts_BTk, axis=-1)",
-        "jnp.take_along_axis(scores_BTE + bias_E, experts_BTk, axis=-1)",
+        "jnp.take_along_axis(scores_BTA, experts_BTk, axis=-1)",
+        "jnp.take_along_axis(scores_BTA + bias_A, experts_BTk, axis=-1)",
         MOE,
     ),
     Mutant(
         "ties go to the higher expert",
         "lumina_jax/moe.py",
-        "    _, experts_BTk = jax.lax.top_k(scores_BTE + bias_E, moe.top_k)",
-        "    experts_BTk = scores_BTE.shape[-1] - 1 - jax.lax.top_k((scores_BTE + bias_E)[..., ::-1], moe.top_k)[1]",
+        "    _, experts_BTk = jax.lax.top_k(in_best_groups(moe, scores_BTA + bias_A), moe.top_k)",
+        "    reversed_BTA = in_best_groups(moe, scores_BTA + bias_A)[..., ::-1]\n"
+        "    experts_BTk = scores_BTA.shape[-1] - 1 - jax.lax.top_k(reversed_BTA, moe.top_k)[1]",
         MOE,
     ),
-    Mutant("one slot too many", "lumina_jax/moe.py", "jnp.where(place_BN < capacity", "jnp.where(place_BN <= capacity", MOE),
+    Mutant("group limit ignored", "lumina_jax/moe.py", "    if moe.num_groups == 1:\n", "    if True:\n", MOE),
+    Mutant(
+        "a group is worth its best expert alone",
+        "lumina_jax/moe.py",
+        "min(2, grouped_BTGa.shape[-1])",
+        "1",
+        MOE,
+    ),
+    Mutant("one slot too many", "lumina_jax/moe.py", "(place_BN < capacity)", "(place_BN <= capacity)", MOE),
+    Mutant(
+        "first choices served before second",
+        "lumina_jax/moe.py",
+        "    return jnp.where(served_BN, experts_BN",
+        "    if k > 1:\n"
+        "        by_rank_BN1 = experts_BTk.swapaxes(1, 2).reshape(B, T * k, 1)\n"
+        "        return assign_slots(by_rank_BN1, num_experts, capacity).reshape(B, k, T).swapaxes(1, 2)\n"
+        "    return jnp.where(served_BN, experts_BN",
+        MOE,
+    ),
+    Mutant(
+        "a choice of nothing takes a slot",
+        "lumina_jax/moe.py",
+        "jax.nn.one_hot(experts_BN, num_experts",
+        "jax.nn.one_hot(experts_BN % num_experts, num_experts",
+        MOE,
+    ),
+    Mutant(
+        "a choice of nothing counted as dropped",
+        "lumina_jax/moe.py",
+        "(slot_BTk >= 0) | (experts_BTk >= E)",
+        "slot_BTk >= 0",
+        MOE,
+    ),
+    Mutant(
+        "load counts tokens that are left out", "lumina_jax/moe.py", "if taken_BT is not None:", "if taken_BT is False:", MOE
+    ),
     Mutant("capacity rounded down", "lumina/architecture.py", "math.ceil(round(", "math.floor(round(", ARCHITECTURE),
     Mutant(
         "evaluation drops",
         "lumina_jax/moe.py",
-        "        if training:\n            slots",
-        "        if True:\n            slots",
+        'if training and moe.dispatch == "capacity":',
+        'if moe.dispatch == "capacity":',
         MOE,
     ),
-    Mutant("balance loss not times E", "lumina_jax/moe.py", "return E * jnp.mean", "return jnp.mean", MOE),
+    Mutant(
+        "balance loss not times the alternatives",
+        "lumina_jax/moe.py",
+        "return share_BA.shape[-1] * jnp.mean",
+        "return jnp.mean",
+        MOE,
+    ),
+    Mutant(
+        "balance over each row instead of the batch",
+        "lumina_jax/step.py",
+        'elif balance_over == "batch" and batch_load_LA is not None:',
+        "elif False:",
+        STEP,
+    ),
+    Mutant(
+        "balance over one device's rows",
+        "lumina_jax/step.py",
+        'jax.lax.psum(experts["load_A"], AXIS)[:, None]',
+        'experts["load_A"][:, None]',
+        STEP,
+    ),
+    Mutant(
+        "micro-batches of neighbouring rows",
+        "lumina_jax/step.py",
+        "a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1)",
+        "a.reshape(M, a.shape[0] // M, *a.shape[1:])",
+        STEP,
+    ),
+    Mutant(
+        "counted again where layers are recomputed",
+        "lumina_jax/model.py",
+        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)\n",
+        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)\n"
+        "            metrics = jax.tree.map(lambda a: 2 * a, metrics) if remat else metrics\n",
+        MODEL,
+    ),
     # --------------------------------------------------------------------------------------------- Mixture-of-Depths
     Mutant(
         "everything computed, then masked",
         "lumina_jax/mod.py",
-        "            out_BCD, metrics = inner(z_BCD)\n",
-        "            out_BCD, metrics = inner(z_BTD)\n"
-        "            out_BCD = jnp.take_along_axis(out_BCD, index_BC[:, :, None], axis=1)\n",
+        "        out_BCD, metrics, cache = inner(x_BCD, *selected, None)\n",
+        "        out_BTD, metrics, cache = inner(x_BTD, *others, None)\n"
+        "        out_BCD = jnp.take_along_axis(out_BTD, self.index_BC[:, :, None], axis=1)\n",
         MOD,
     ),
     Mutant(
@@ -187,8 +264,38 @@ MUTANTS = [
     Mutant(
         "residual counted twice",
         "lumina_jax/model.py",
-        'return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (self.feedforward(z), {})',
-        'return self.moe(z, training, keys[1]) if hasattr(self, "moe") else (z + self.feedforward(z), {})',
+        "else (self.feedforward(z), {})",
+        "else (z + self.feedforward(z), {})",
+        MOD,
+    ),
+    Mutant(
+        "residual of a block counted twice",
+        "lumina_jax/model.py",
+        "return mixed + out, metrics, after",
+        "return x + mixed + out, metrics, after",
+        MOD,
+    ),
+    Mutant(
+        "positions counted anew among the selected",
+        "lumina_jax/model.py",
+        "            mixed, after = attention(x, segments, positions, written)\n",
+        "            if taken is None:\n"
+        "                positions = jnp.broadcast_to(jnp.arange(x.shape[1]), positions.shape)\n"
+        "            mixed, after = attention(x, segments, positions, written)\n",
+        MOD,
+    ),
+    Mutant(
+        "the selected see the others in evaluation",
+        "lumina_jax/model.py",
+        "segments = jnp.where(taken, segments, -1)",
+        "segments = segments + 0",
+        MOD,
+    ),
+    Mutant(
+        "the cache keeps tokens that pass by",
+        "lumina_jax/model.py",
+        "written = taken if written_BT is None or taken is None else written_BT & taken",
+        "written = written_BT",
         MODEL,
     ),
     Mutant(
@@ -198,19 +305,41 @@ MUTANTS = [
         "    index_BC = logit_BT.shape[1] - 1 - jax.lax.top_k(logit_BT[:, ::-1], count)[1]",
         MOD,
     ),
-    Mutant(
-        "evaluation takes the top of a row",
-        "lumina_jax/mod.py",
-        "selected_BT = logit_BT > 0\n",
-        "selected_BT = inverse_index(select_top(logit_BT, capacity(T, self.capacity)), T) >= 0\n",
-        MOD,
-    ),
+    Mutant("evaluation takes the top of a row", "lumina_jax/mod.py", "        if top:\n", "        if True:\n", MOD),
     Mutant(
         "predictor teaches what lies below",
         "lumina_jax/mod.py",
-        "jax.lax.stop_gradient(wide_BTD) @ router",
-        "wide_BTD @ router",
+        "still_BTD = jax.lax.stop_gradient(wide_BTD)",
+        "still_BTD = wide_BTD",
         MOD,
+    ),
+    Mutant(
+        "a predictor's gate",
+        "lumina_jax/mod.py",
+        "gate_BT = jax.nn.sigmoid(logit_BT)",
+        "gate_BT = jax.nn.sigmoid(causal_BT)",
+        MOD,
+    ),
+    Mutant(
+        "random choice the same in all layers",
+        "lumina_jax/mod.py",
+        "self.mod.capacity - _uniform(positions_BT, layer)",
+        "self.mod.capacity - _uniform(positions_BT, 0)",
+        MOD,
+    ),
+    Mutant(
+        "a block's attention counted for all tokens",
+        "lumina/architecture.py",
+        "queries = capacity(tokens, model.mod.capacity) if routed else tokens",
+        "queries = tokens",
+        ARCHITECTURE,
+    ),
+    Mutant(
+        "annealing ends above its capacity",
+        "lumina/architecture.py",
+        "stage / ANNEAL_STAGES",
+        "stage / (ANNEAL_STAGES + 1)",
+        ARCHITECTURE,
     ),
     # ---------------------------------------------------------------------------------------- evaluation and generation
     Mutant(
@@ -231,8 +360,8 @@ MUTANTS = [
     Mutant(
         "positions restart in the cache",
         "lumina_jax/generate.py",
-        "positions = start + jnp.arange(T)[None]",
-        "positions = jnp.arange(T)[None]",
+        "                start + places_1T,\n",
+        "                places_1T,\n",
         GENERATE,
     ),
     Mutant(
