@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.py", "lumina_jax/test_model.py"
 MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
+GROUPED = "lumina_jax/test_grouped.py"
 EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
 CHECKPOINT, ARCHITECTURE, TOKENIZER = "lumina_jax/test_checkpoint.py", "lumina/test_architecture.py", "lumina/test_tokenizer.py"
 DIGEST, LOOP, ROWS = "lumina_jax/test_digest.py", "lumina/runs/test_loop.py", "lumina/data/test_rows.py"
@@ -563,6 +564,56 @@ MUTANTS = [
         "if self._due(self.config.train.eval_every) and self.progress.last_step != self.step:",
         "if False:",
         LOOP,
+    ),
+    # ------------------------------------------------------------------------------------------------ grouped products
+    Mutant(
+        "as many blocks for each expert as for the fullest",
+        "lumina_jax/grouped.py",
+        "_over_blocks(sizes, order.first_E[e], order.counts_E[e], block, carry)",
+        "_over_blocks(sizes, order.first_E[e], jnp.max(order.counts_E), block, carry)",
+        GROUPED,
+    ),
+    Mutant(
+        "the next expert's row in a weight gradient",
+        "lumina_jax/grouped.py",
+        "own_b = jnp.arange(b) < left",
+        "own_b = jnp.arange(b) <= left",
+        GROUPED,
+    ),
+    Mutant(
+        "weight gradients added up in bfloat16",
+        "lumina_jax/grouped.py",
+        "wide = jnp.promote_types(dtype, jnp.float32)",
+        "wide = dtype",
+        GROUPED,
+    ),
+    Mutant(
+        "a choice of none goes to an expert",
+        "lumina_jax/grouped.py",
+        "jnp.where((expert_S >= 0) & (expert_S < num_experts), expert_S, num_experts)",
+        "jnp.clip(expert_S, 0, num_experts)",
+        GROUPED,
+    ),
+    Mutant(
+        "an expert's last rows skipped",
+        "lumina_jax/grouped.py",
+        "-(-left // b) if b == sizes[-1]",
+        "left // b if b == sizes[-1]",
+        GROUPED,
+    ),
+    Mutant(
+        "gradient of the first choice alone",
+        "lumina_jax/grouped.py",
+        ".sum(axis=1).astype(dtype), None",
+        "[:, 0].astype(dtype), None",
+        GROUPED,
+    ),
+    Mutant(
+        "ragged products where they do the work of all experts",
+        "lumina_jax/grouped.py",
+        'Form(ragged, ("tpu",)',
+        'Form(ragged, ("tpu", "cpu")',
+        GROUPED,
     ),
 ]
 
