@@ -13,6 +13,8 @@ from lumina.runs.journal import read_json_lines
 
 DATA = {"fingerprint": "a" * 64}
 FREE = {
+    "model.attention_form",
+    "model.moe.grouped_form",
     "train.steps",
     "train.micro_batches",
     "train.eval_every",
