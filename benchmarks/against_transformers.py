@@ -37,7 +37,15 @@ def shape(dense: bool, length: int, overrides: list[str]) -> Config:
     """The config of both sides. Each expert has as many slots as choices fall to it on average: no work that theirs spares."""
     moe = MoEConfig(pattern="none" if dense else "all", num_experts=8, top_k=2, capacity_factor=1.0)
     model = ModelConfig(
-        vocab_size=4096, d_model=256, num_layers=4, num_heads=8, num_kv_heads=2, head_dim=32, d_ff=512, tie_embeddings=False, moe=moe
+        vocab_size=4096,
+        d_model=256,
+        num_layers=4,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=32,
+        d_ff=512,
+        tie_embeddings=False,
+        moe=moe,
     )
     config = Config(model=model)
     config.data.sequence_length, config.train.batch_size = length, 4
@@ -158,7 +166,11 @@ def their_model(config: Config, experts: str) -> Any:
     }
     if model.moe.pattern == "none":
         return LlamaForCausalLM(LlamaConfig(**common)).train()
-    moe = {"num_local_experts": model.moe.num_experts, "num_experts_per_tok": model.moe.top_k, "experts_implementation": experts}
+    moe = {
+        "num_local_experts": model.moe.num_experts,
+        "num_experts_per_tok": model.moe.top_k,
+        "experts_implementation": experts,
+    }
     return MixtralForCausalLM(MixtralConfig(**common, **moe)).train()
 
 
@@ -168,9 +180,7 @@ def their_step(config: Config, model: Any, adam: str) -> Callable[[], float]:
 
     optim = config.optim
     betas = (optim.beta1, optim.beta2)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), optim.learning_rate, betas, optim.eps, optim.weight_decay, **{adam: True}
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), optim.learning_rate, betas, optim.eps, optim.weight_decay, **{adam: True})
     tokens_BT = torch.as_tensor(random_tokens(config), dtype=torch.long)
     inputs_BT, targets_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
 
@@ -254,7 +264,9 @@ def compare(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     return report(config, taken, peaks, facts)
 
 
-def report(config: Config, taken: dict[str, list[float]], peaks: dict[str, list[float]], facts: dict[str, Any]) -> dict[str, Any]:
+def report(
+    config: Config, taken: dict[str, list[float]], peaks: dict[str, list[float]], facts: dict[str, Any]
+) -> dict[str, Any]:
     """The figures of both sides, and ours over theirs."""
     assert facts["lumina"]["parameters"] == facts["transformers"]["parameters"], facts
     model, T = config.model, config.data.sequence_length

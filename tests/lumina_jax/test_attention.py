@@ -5,15 +5,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from lumina.architecture import block_tensors
 from lumina.config import ModelConfig
-from lumina_jax.attend import attend
 from lumina_jax.attention import Attention, Cache, RMSNorm, rotary
 from tests.lumina_jax import oracles
-from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
+from tests.lumina_jax.oracles import assert_close, assert_gradients
 
 H, K, h = 4, 2, 6
 MODEL = ModelConfig(d_model=8, num_layers=2, num_heads=H, num_kv_heads=K, head_dim=h, rope_theta=100.0, qk_norm=True)
@@ -33,65 +31,6 @@ def _weights(model):
 
 def _layer(model, weights):
     return Attention(model, lambda name: nnx.Param(weights[name]))
-
-
-# ------------------------------------------------------------------------------------------------------------ attend
-
-
-@jax.jit
-def _attend_and_gradients(q, k, v, segments_BT, cotangent):
-    out, pull = jax.vjp(lambda q, k, v: attend(q, k, v, segments_BT), q, k, v)
-    return out, pull(cotangent)
-
-
-@pytest.mark.parametrize(
-    ("length", "heads", "kv_heads", "width"),
-    [(T, H, K, h), (130, 2, 1, 4), (300, 2, 2, 2)],
-    ids=["one_chunk", "a_chunk_and_a_bit", "last_chunk_short"],
-)
-def test_attend_equals_a_full_softmax_forward_and_backward(length, heads, kv_heads, width):
-    q, k, v = (2 * _normal(1, length, n, width, seed=i) for i, n in enumerate((heads, kv_heads, kv_heads)))
-    segments_BT = np.sort(np.random.default_rng(3).integers(0, 3, (1, length)), axis=1)
-    cotangent = _normal(1, length, heads, width, seed=4)
-    out, gradients = _attend_and_gradients(q, k, v, segments_BT, cotangent)
-    assert_close(out[0], oracles.attend(*(x[0].astype(np.float64) for x in (q, k, v)), segments_BT[0]))
-
-    def loss(arrays):
-        return np.sum(cotangent[0] * oracles.attend(*(arrays[n][0] for n in "qkv"), segments_BT[0]))
-
-    assert_gradients(loss, {"q": q, "k": k, "v": v}, dict(zip("qkv", gradients, strict=True)))
-
-
-def test_attention_sees_neither_the_future_nor_another_document():
-    length, changed = 130, 100
-    q, k, v = (_normal(1, length, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
-    segments_BT = (np.arange(length) >= 60).astype(np.int32)[None]
-    cotangent = np.zeros_like(q)
-    before, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
-    k[:, changed], v[:, changed] = 9.0, 9.0
-    after, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
-    assert np.array_equal(after[:, :changed], before[:, :changed])
-    assert np.all(np.any(after[0, changed:] != before[0, changed:], axis=(1, 2)))
-    k[:, 30], v[:, 30] = -9.0, -9.0  # in the first document
-    again, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
-    assert np.array_equal(again[:, 60:], after[:, 60:])
-    assert np.all(np.any(again[0, 30:60] != after[0, 30:60], axis=(1, 2)))
-
-
-def test_a_packed_row_of_one_token_documents_returns_its_own_values():
-    length = 130
-    q, k, v = (_normal(1, length, n, 4, seed=i) for i, n in enumerate((2, 1, 1)))
-    segments_BT = np.arange(length)[None]
-    out, _ = _attend_and_gradients(q, k, v, segments_BT, np.zeros_like(q))
-    assert_close(out, np.repeat(v, 2, axis=2), 1e-6)
-
-
-def test_softmax_runs_in_float32_for_bfloat16_inputs():
-    q, k, v = (jnp.ones((1, T, n, h), jnp.bfloat16) for n in (H, K, K))
-    jaxpr = jax.make_jaxpr(attend)(q, k, v, np.zeros((1, T), np.int32))
-    exponentials = [eqn.outvars[0].aval.dtype for eqn in equations(jaxpr.jaxpr) if eqn.primitive.name == "exp"]
-    assert exponentials == [jnp.float32]
-    assert jaxpr.out_avals[0].dtype == jnp.bfloat16
 
 
 # ------------------------------------------------------------------------------------------------------------ module
