@@ -12,6 +12,7 @@ steps, so that a machine which is slower for a while is slower for both. The rat
 import argparse
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -80,9 +81,11 @@ def ours(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[
     import jax
     import numpy as np
 
+    from lumina_jax.allocator import keep_large_buffers
     from lumina_jax.device import matmul_peak
     from lumina_jax.step import controls, init_state, make_train_step, state_shapes
 
+    allocator = keep_large_buffers()
     shapes, graphdef = state_shapes(config)
     state = jax.jit(lambda: init_state(config)[1])()
     tokens_BT = random_tokens(config)
@@ -97,6 +100,7 @@ def ours(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[
     batch, knobs = jax.device_put((batch, controls(config)))
     step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(state, batch, knobs).compile()
     facts: dict[str, Any] = {
+        "allocator": allocator,
         "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")},
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(shapes.variables.params)),
     }
@@ -120,14 +124,18 @@ def theirs(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callabl
     import torch
 
     experts = ("eager",) if config.model.moe.pattern == "none" else EXPERTS
-    trials, steps = {}, {}
+    trials: dict[str, float] = {}
+    steps: dict[str, Callable[[], float]] = {}
     for way in experts:
         model = their_model(config, way)
         for adam in ADAM:
             step = their_step(config, model, adam)
             for _ in range(WARM_UP):
                 step()
-            trials[f"{way}, {adam}"], steps[f"{way}, {adam}"] = min(seconds_of(step) for _ in range(TRIAL)), step
+            steps[f"{way}, {adam}"] = step
+    for _ in range(TRIAL):
+        for name, step in steps.items():
+            trials[name] = min(trials.get(name, math.inf), seconds_of(step))
     fastest = min(trials, key=lambda name: trials[name])
     facts = {
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -220,10 +228,7 @@ def serve(pipe: Connection, side: Callable, config: Config) -> None:
     pipe.send("ready")
     for ask, number in iter(pipe.recv, None):
         if ask == "steps":
-            timed = []
-            for _ in range(number):
-                timed.append(seconds_of(lambda: losses.append(step())))
-            pipe.send(statistics.median(timed))
+            pipe.send(statistics.median(seconds_of(lambda: losses.append(step())) for _ in range(number)))
         else:
             pipe.send(peak() if ask == "peak" else {**facts, "loss": losses[-1]})
 
@@ -268,7 +273,9 @@ def report(
     config: Config, taken: dict[str, list[float]], peaks: dict[str, list[float]], facts: dict[str, Any]
 ) -> dict[str, Any]:
     """The figures of both sides, and ours over theirs."""
-    assert facts["lumina"]["parameters"] == facts["transformers"]["parameters"], facts
+    ours, theirs = (facts[name]["parameters"] for name in taken)
+    if ours != theirs:
+        raise AssertionError(f"{ours} parameters against {theirs}: not the same model")
     model, T = config.model, config.data.sequence_length
     tokens, flops = config.train.batch_size * T, counts(config).training_flops
     ratios = sorted(b / a for a, b in zip(taken["lumina"], taken["transformers"], strict=True))
@@ -314,7 +321,7 @@ def main() -> None:
             raise UsageError(f"--{name} = {getattr(known, name)}: must be at least 1")
     config = shape(known.dense, known.length, overrides)
     require_comparable(config)
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         raise UsageError(f"{' and '.join(missing)} not installed: pip install -c requirements.lock -e '.[transformers]'")
     print(json.dumps(compare(config, known.rounds, known.steps), indent=2))

@@ -1,7 +1,7 @@
 """Scaled dot products of queries and keys, softmax, mix of values: the part of attention that has several forms.
 
-B rows, T query positions, S key positions, H query heads, K key/value heads, G = H / K, h head width; n queries of a chunk, which
-see the first s keys. R = G n queries of a key head are the rows of one matrix product.
+B rows, T query positions, S key positions, H query heads, K key/value heads, G = H / K, h head width; n queries of a
+chunk, which see the first s keys. The R = G n queries of a key head are the rows of one matrix product.
 """
 
 import math
@@ -103,7 +103,9 @@ def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT, form: str = "auto"):
         segments_BT = jnp.zeros(q_BTHh.shape[:2], jnp.int32)
     if name == "reference":
         return attend_chunk(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
-    return {"chunked": attend_chunked, "splash": attend_splash}[name](q_BTHh, k_BTKh, v_BTKh, segments_BT)
+    if name == "splash":
+        return attend_splash(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+    return attend_chunked(q_BTHh, k_BTKh, v_BTKh, segments_BT)
 
 
 # ------------------------------------------------------------------------------------------------- plain, and with a cache
@@ -256,9 +258,9 @@ def attend_splash(q_BTHh, k_BTKh, v_BTKh, segments_BT, interpret: bool = False):
     K = k_BTKh.shape[2]
     block = next(size for size in (512, 256, 128) if T % size == 0)
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = splash.BlockSizes(**{f"block_{name}": block for name in names})
+    sizes: Any = {f"block_{name}": block for name in names}
     mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * (H // K))
-    kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=splash.BlockSizes(**sizes), interpret=interpret)
 
     def row(q_KGTh, k_KTh, v_KTh, segments_T):
         own = splash.SegmentIds(q=segments_T, kv=segments_T)
