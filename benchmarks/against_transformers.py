@@ -6,7 +6,9 @@
 
 Both models have the same tensors and see batches of the same shape, in float32: forward, backward, clipping, AdamW. Of the ways
 in which `transformers` can do its part the fastest is taken. Each side lives in a process of its own; they take turns of a few
-steps, so that a machine which is slower for a while is slower for both. The ratio is the median over the turns.
+steps, so that a machine which is slower for a while is slower for both. The ratio is the median over the turns. It means something
+only on a machine that is otherwise idle: PyTorch's threads wait for each other by spinning, and lose far more to other work than
+ours do. So `load_average` is that of before the start, and should be near 0.
 """
 
 import argparse
@@ -245,6 +247,7 @@ def answer(pipe: Connection, name: str) -> Any:
 
 def compare(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     """Start both sides and let them take turns."""
+    load = os.getloadavg()[0]
     context, pipes = multiprocessing.get_context("spawn"), {}
     for name, side in (("lumina", ours), ("transformers", theirs)):
         pipes[name], other_end = context.Pipe()
@@ -266,7 +269,7 @@ def compare(config: Config, rounds: int, steps: int) -> dict[str, Any]:
     facts = {name: ask(name, "facts") for name in pipes}
     for pipe in pipes.values():
         pipe.send(None)
-    return report(config, taken, peaks, facts)
+    return {**report(config, taken, peaks, facts), "load_average": load}
 
 
 def report(
