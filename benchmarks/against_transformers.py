@@ -6,9 +6,9 @@
 
 Both models have the same tensors and see batches of the same shape, in float32: forward, backward, clipping, AdamW. Of the ways
 in which `transformers` can do its part the fastest is taken. Each side lives in a process of its own; they take turns of a few
-steps, so that a machine which is slower for a while is slower for both. The ratio is the median over the turns. It means something
-only on a machine that is otherwise idle: PyTorch's threads wait for each other by spinning, and lose far more to other work than
-ours do. So `load_average` is that of before the start, and should be near 0.
+steps, so that a machine which is slower for a while is slower for both. The ratio is the median over the turns. It holds only
+for a machine that is otherwise idle: beside other work PyTorch slows far more than we do. So `load_average` is that of before
+the start, and should be near 0.
 """
 
 import argparse
