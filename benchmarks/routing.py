@@ -22,6 +22,7 @@ from train_step import WARM_UP, random_batch
 from lumina.architecture import counts
 from lumina.config import Config, DataConfig, ModelConfig, TrainConfig, override
 from lumina.errors import UsageError, exit_with
+from lumina_jax.allocator import keep_large_buffers
 from lumina_jax.device import describe, matmul_peak
 from lumina_jax.mesh import make_mesh, place_rows, whole
 from lumina_jax.step import controls, init_state, make_train_step, state_shapes
@@ -112,6 +113,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--rounds", type=int, default=8, help="rounds that are timed (default: 8)")
+    keep_large_buffers()
     known, overrides = parser.parse_known_args()
     if known.rounds < 1:
         raise UsageError(f"--rounds = {known.rounds}: must be at least 1")

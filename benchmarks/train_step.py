@@ -18,6 +18,7 @@ import numpy as np
 from lumina.architecture import counts, memory
 from lumina.config import Config, load, override
 from lumina.errors import UsageError, exit_with
+from lumina_jax.allocator import keep_large_buffers
 from lumina_jax.device import compiled_memory, describe, matmul_peak, peak_memory
 from lumina_jax.mesh import make_mesh, place_rows, whole
 from lumina_jax.step import controls, init_state, make_train_step, state_shapes
@@ -85,6 +86,7 @@ def main() -> None:
     )
     parser.add_argument("config", nargs="?", default="debug", help="as in training (default: debug)")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed (default: 20)")
+    keep_large_buffers()
     known, overrides = parser.parse_known_args()
     if known.steps < 1:
         raise UsageError(f"--steps = {known.steps}: must be at least 1")

@@ -83,9 +83,11 @@ def choose_attention(
             return preferred, f"auto: the fastest on {platform}"
         return "chunked", f"auto: {preferred} {FORMS[preferred].refusal(*asked)}"
     if form not in FORMS:
-        raise ConfigError(f"attention = {form!r}: must be auto, {', '.join(FORMS)}")
+        raise ConfigError(f"model.attention_form = {form!r}: must be auto, {', '.join(FORMS)}")
     if form not in able:
-        raise ConfigError(f"attention = {form!r}: {form} {FORMS[form].refusal(*asked)}; {', '.join(able)} would work")
+        raise ConfigError(
+            f"model.attention_form = {form!r}: {form} {FORMS[form].refusal(*asked)}; {', '.join(able)} would work"
+        )
     return form, "as asked"
 
 

@@ -67,6 +67,7 @@ class Attention(nnx.Module):
     def __init__(self, model: ModelConfig, param: Callable[[str], nnx.Variable]):
         self.query, self.key, self.value, self.output = (param(f"attention.{n}") for n in ("query", "key", "value", "output"))
         self.rope_theta = model.rope_theta
+        self.form = model.attention_form
         if model.qk_norm:
             self.query_norm = RMSNorm(param("attention.query_norm.scale"), model.norm_eps)
             self.key_norm = RMSNorm(param("attention.key_norm.scale"), model.norm_eps)
@@ -84,7 +85,7 @@ class Attention(nnx.Module):
         k_BTKh = rotary(k_BTKh, positions_BT, self.rope_theta)
         with jax.named_scope("attend"):
             if cache is None:
-                mixed_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segments_BT)
+                mixed_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segments_BT, self.form)
             else:
                 cache, last_BT = cache.append(k_BTKh, v_BTKh, written_BT)
                 mixed_BTHh = attend_cached(q_BTHh, cache.keys, cache.values, last_BT)

@@ -8,6 +8,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from lumina.architecture import layer_kinds
+from lumina.config import Config
+from lumina_jax.attend import choose_attention
+from lumina_jax.grouped import choose_grouped
+
 
 def describe(mesh: Mesh) -> str:
     """Number, platform and kind of the devices in use; names the ones that stay idle."""
@@ -16,6 +21,21 @@ def describe(mesh: Mesh) -> str:
     shared = ", each with its part of every batch" if mesh.size > 1 else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{each}{processes}{shared}, jax {jax.__version__}" + (f"; {idle} more stay idle" if idle else "")
+
+
+def chosen_forms(config: Config) -> str:
+    """Which forms of attention and of the experts' products this machine takes for `config`, and why.
+
+    Raises ConfigError when one that is asked for cannot honour the request.
+    """
+    model, platform = config.model, jax.default_backend()
+    dtype, length = config.train.compute_dtype, config.data.sequence_length
+    attention, why = choose_attention(model.attention_form, platform, dtype, model.head_dim, length)
+    chosen = f"attention: {attention} ({why})"
+    if any(kind.startswith("moe") for kind in layer_kinds(model)):
+        grouped, why = choose_grouped(model.moe.grouped_form, platform)
+        chosen += f"; dropless experts: {grouped} ({why})"
+    return chosen
 
 
 def matmul_peak(dtype: str, seconds: float = 0.5) -> float:

@@ -220,13 +220,13 @@ FORMS = {
 def choose_grouped(form: str, platform: str) -> tuple[str, str]:
     """(name of the form, why) for the form asked for, or the best one if "auto". Raises ConfigError if it cannot run."""
     if form != "auto" and form not in FORMS:
-        raise ConfigError(f"grouped feed-forward form {form!r}: must be one of auto, {', '.join(sorted(FORMS))}")
+        raise ConfigError(f"model.moe.grouped_form = {form!r}: must be one of auto, {', '.join(sorted(FORMS))}")
     for name, candidate in FORMS.items():
         if form in ("auto", name) and (not candidate.platforms or platform in candidate.platforms):
             return name, candidate.reason
     wanted = FORMS[form]
     raise ConfigError(
-        f"grouped feed-forward form {form!r} runs on {', '.join(wanted.platforms)}, not {platform} ({wanted.reason}); use auto"
+        f"model.moe.grouped_form = {form!r}: runs on {', '.join(wanted.platforms)}, not {platform} ({wanted.reason}); use auto"
     )
 
 

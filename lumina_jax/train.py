@@ -66,13 +66,15 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
 
     from lumina.runs import report
     from lumina.runs.loop import Backend, Loop
+    from lumina_jax.allocator import keep_large_buffers
     from lumina_jax.checkpoint import Checkpoints
-    from lumina_jax.device import describe, matmul_peak
+    from lumina_jax.device import chosen_forms, describe, matmul_peak
     from lumina_jax.evaluate import evaluate
     from lumina_jax.generate import Generator, Sampling
     from lumina_jax.mesh import agreed, join, make_mesh, own_copy, place_rows, require_same, shaped_whole, whole
     from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step, state_shapes
 
+    buffers = keep_large_buffers()
     join()
     require_same("the config", sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
     require_same("the data (data.source, data.tokenizer, Python's version)", corpus.fingerprint)
@@ -96,6 +98,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
         console.say(f"{run.path} is complete: {goes_on} goes on, another --workdir starts anew")
         return 0
     checkpoints.require_room()
+    forms = f"{chosen_forms(config)}; {buffers}"
 
     # ---------------------------------------------------------------------------------------- what is about to happen
     cause = os.environ.get("LUMINA_RESTART_CAUSE", "")  # from `lumina run`
@@ -106,7 +109,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     if writes:
         run.record(config, data, corpus.tokenizer)
     peak = matmul_peak(train.compute_dtype) * (1 if jax.default_backend() == "cpu" else mesh.size)
-    console.say(report.opening(config, run, corpus, start, describe(mesh), peak))
+    console.say(report.opening(config, run, corpus, start, describe(mesh), peak, forms))
     eval_step = jax.jit(make_eval_step(config, graphdef, token_bytes, mesh))
 
     def inputs(batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:

@@ -24,18 +24,25 @@ from lumina.runs.routing import RECENT, ExpertWatch
 from lumina.runs.units import flops_per_second, gib, si
 
 
-def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, device: str, peak: float) -> str:
-    """The table that a run begins with: what is about to happen, and what was chosen and why."""
+def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, device: str, peak: float, forms: str) -> str:
+    """The table that a run begins with: what is about to happen, and what was chosen and why.
+
+    `device`, `peak` (FLOP/s of matrix products) and `forms` (of kernels, with reasons) are the backend's to say.
+    """
     count, needed, train, model = counts(config), memory(config), config.train, config.model
     kinds = layer_kinds(model)
     tokens = train.batch_size * config.data.sequence_length
     epochs = train.steps * tokens / corpus.train.num_tokens
     manifest = corpus.manifest
-    chosen = "attention: chunked, in XLA (the only form yet)"
+    chosen = [forms]
     if any(kind.startswith("moe") for kind in kinds):
-        chosen += f"; experts: capacity {model.moe.capacity_factor:g} a row in training, dropless in evaluation"
+        capacity = f"capacity {model.moe.capacity_factor:g} a row" if model.moe.dispatch == "capacity" else "dropless"
+        chosen.append(f"experts: {capacity} in training, dropless in evaluation")
     if any(kind.endswith("mod") for kind in kinds):
-        chosen += f"; depth: the top {100 * model.mod.capacity:g}% of a row in training, causal in evaluation"
+        mod = model.mod
+        falls = f"{100 * mod.start_capacity:g} falling to " if mod.anneal_steps else ""
+        what = "layer" if mod.scope == "block" else "feed-forward"
+        chosen.append(f"depth: {falls}{100 * mod.capacity:g}% of a row take a {what} in training, causal in evaluation")
     return table(
         [
             ("run", f"{run.path}, {'from step ' + str(start) if start else 'new'}"),
@@ -63,7 +70,7 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
                 + (f" in {train.micro_batches} micro-batches" if train.micro_batches > 1 else ""),
             ),
             ("steps", f"{train.steps:,}: {si(train.steps * tokens)} tokens, {epochs:.2f} epochs"),
-            ("chosen", chosen),
+            ("chosen", "\n".join(chosen)),
         ]
     )
 

@@ -70,7 +70,7 @@ CORPUS = SimpleNamespace(
 
 
 def opening(config, start=0):
-    text = report.opening(config, RunDirectory("runs/x"), CORPUS, start, "2 x cpu (fast)", 1.5e12)
+    text = report.opening(config, RunDirectory("runs/x"), CORPUS, start, "2 x cpu (fast)", 1.5e12, "attention: by hand")
     return dict(line.strip().split("  ", 1) for line in text.splitlines())
 
 
