@@ -1,6 +1,6 @@
 """Does routing help? Small models on the embedded corpus, three seeds each, and a table with the spread.
 
-    python experiments/routing.py --out runs/experiments            # some 25 minutes on two CPU cores
+    python experiments/routing.py --out runs/experiments            # some 40 minutes on two CPU cores
     python experiments/routing.py --out runs/experiments --only mod_block dense --seeds 1
 
 Every figure is held-out bits per byte under causal routing. Runs are ordinary runs, resumed or left alone when they are there
@@ -26,7 +26,7 @@ from lumina.architecture import counts
 from lumina.config import Config, load, override
 from lumina.errors import LuminaError, exit_with
 
-STEPS, SEEDS = 500, 3
+STEPS, SEEDS = 300, 3
 ROOT = Path(__file__).resolve().parent.parent
 
 # Four layers of debug's width, 2,048 tokens a step. The dense feed-forward is as wide as what a token takes of the experts.
@@ -36,6 +36,7 @@ SHAPE = [
     "--config.model.moe.pattern=none",
     "--config.model.mod.pattern=none",
     f"--config.optim.warmup_steps={STEPS // 10}",
+    "--config.train.eval_rows=128",
     "--config.monitor.sample_every=0",
     "--config.monitor.log_every=25",
     "--config.monitor.tensorboard=False",
@@ -79,7 +80,7 @@ def flags_of(name: str, steps: int, seed: int) -> list[str]:
         *MODELS[name],
         f"--config.train.steps={steps}",
         f"--config.train.seed={seed}",
-        f"--config.train.eval_every={max(1, steps // 5)}",
+        f"--config.train.eval_every={max(1, steps // 4)}",
         f"--config.checkpoint.every={steps}",
     ]
 

@@ -261,16 +261,22 @@ def memory(config: Config) -> Memory:
     width = 2 if config.train.compute_dtype == "bfloat16" else 4
     d, heads, kv, h, f = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff
     # Float counts a token: what XLA keeps, by comparison with compiled steps of the presets (tests hold it to 25 %).
+    most_depth = max(model.mod.capacity, model.mod.start_capacity if model.mod.anneal_steps else 0)
     attention = 5 * d + 3 * heads * h + 4 * kv * h  # residual, norm; q twice (RoPE), values out; k twice, v
     per_layer, wide = [], []
     for kind in layer_kinds(model):
-        share = capacity(tokens, model.mod.capacity) / tokens if kind.endswith("+mod") else 1.0
+        share = capacity(tokens, most_depth) / tokens if kind.endswith("+mod") else 1.0
         selected = round(tokens * share)
         slots = 1.0
         feedforward = 5.0 * f + 2 * d
         if kind.startswith("moe"):
-            slots = model.moe.num_experts * expert_capacity(model, selected) / selected
-            feedforward = slots * (3 * d + 5 * f) + model.moe.top_k * d + model.moe.shared_experts * 5 * f
+            shared = model.moe.shared_experts * 5 * f
+            if model.moe.dispatch == "capacity":
+                slots = model.moe.num_experts * expert_capacity(model, selected) / selected
+                feedforward = slots * (3 * d + 5 * f) + model.moe.top_k * d + shared
+            else:  # keeps gate and up of each choice; the rest exists for a block at a time
+                slots = model.moe.top_k
+                feedforward = slots * (3 * d + 2 * f) + shared
         attended = share if model.mod.scope == "block" else 1.0
         per_layer.append(rows * tokens * width * (attended * attention + 3 * d + share * feedforward))
         wide.append(rows * tokens * width * share * slots * 3 * f)  # gradients of hidden, gate and up

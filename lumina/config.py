@@ -322,6 +322,12 @@ def validate(config: Config) -> Config:
     for name, value in (("capacity", mod.capacity), ("start_capacity", mod.start_capacity)):
         _require(0 < value <= 1, f"model.mod.{name}", value, "must be above 0 and at most 1")
     _require(
+        mod.anneal_steps == 0 or mod.start_capacity >= mod.capacity,
+        "model.mod.start_capacity",
+        mod.start_capacity,
+        f"must be at least model.mod.capacity = {mod.capacity}, to which it falls",
+    )
+    _require(
         mod.router == "learned" or mod.predictor_width == 0,
         "model.mod.predictor_width",
         mod.predictor_width,

@@ -31,6 +31,7 @@ class Mutant(NamedTuple):
 STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.py", "lumina_jax/test_model.py"
 MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
 GROUPED = "lumina_jax/test_grouped.py"
+ATTEND = "lumina_jax/test_attend.py"
 EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
 CHECKPOINT, ARCHITECTURE, TOKENIZER = "lumina_jax/test_checkpoint.py", "lumina/test_architecture.py", "lumina/test_tokenizer.py"
 DIGEST, LOOP, ROWS = "lumina_jax/test_digest.py", "lumina/runs/test_loop.py", "lumina/data/test_rows.py"
@@ -111,15 +112,43 @@ MUTANTS = [
         "segment mask dropped",
         "lumina_jax/attend.py",
         "causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])",
-        "jnp.broadcast_to(causal_TS, (B, T, S))",
-        ATTENTION,
+        "jnp.broadcast_to(causal_TS, (q_BTHh.shape[0], T, S))",
+        ATTEND,
     ),
     Mutant(
         "a query sees the next key",
         "lumina_jax/attend.py",
         "offset + jnp.arange(T)[:, None] >=",
         "offset + 1 + jnp.arange(T)[:, None] >=",
-        ATTENTION,
+        ATTEND,
+    ),
+    Mutant(
+        "segment mask dropped, in chunks",
+        "lumina_jax/attend.py",
+        "causal_ns & (segments_BT[:, a:b, None] == segments_BT[:, None, :b])",
+        "jnp.broadcast_to(causal_ns, (B, b - a, b))",
+        ATTEND,
+    ),
+    Mutant(
+        "a chunk sees the next key",
+        "lumina_jax/attend.py",
+        "jnp.arange(a, b)[:, None] >=",
+        "jnp.arange(a, b)[:, None] + 1 >=",
+        ATTEND,
+    ),
+    Mutant(
+        "a cached query misses itself",
+        "lumina_jax/attend.py",
+        "<= jnp.maximum(last_BT, 0)",
+        "< jnp.maximum(last_BT, 1)",
+        ATTEND,
+    ),
+    Mutant(
+        "softmax's own gradient forgotten",
+        "lumina_jax/attend.py",
+        "dweights_BKGns - dot_BKGT1[:, :, :, a:b]",
+        "dweights_BKGns",
+        ATTEND,
     ),
     Mutant(
         "rotation turned around",
