@@ -313,6 +313,18 @@ def test_a_resumed_run_tells_each_step_once_and_the_same_as_an_uninterrupted_one
     assert run.result.read_bytes() == whole.result.read_bytes()
 
 
+def test_an_annealed_run_interrupted_between_two_falls_goes_on_bit_for_bit(tmp_path, capsys):
+    depth = {"scope": "block", "capacity": 0.25, "anneal_steps": 5}
+    settings = config(kind="dense+mod", model={"num_layers": 1}, mod=depth, steps=6)
+    whole, run = (RunDirectory(tmp_path / name) for name in ("whole", "run"))
+    assert train_and_evaluate(settings, whole.path) == 0
+    told = [line.rsplit(" ", 1)[1] for line in capsys.readouterr().err.splitlines() if "for a depth capacity of" in line]
+    assert told == ["1", "0.90625", "0.71875", "0.625", "0.4375", "0.25"]  # eighths of the fall, as steps reach them
+    interrupt(settings, run, after=5, checkpoint=3)
+    assert train_and_evaluate(settings, run.path) == 0
+    assert run.ledger.read_bytes() == whole.ledger.read_bytes()  # digests of the parameters among it
+
+
 def test_a_finished_run_run_again_says_so_and_changes_nothing(whole, tmp_path):
     save(config(), tmp_path / "config.json")
     before = contents(whole.path)
