@@ -30,7 +30,6 @@ def _run(*arguments, before=""):
 
 @pytest.mark.parametrize("dense", [False, True], ids=["mixtral", "llama"])
 def test_both_sides_train_the_same_model(dense):
-    pytest.importorskip("transformers")
     done = _run(*SMALL, *(["--dense"] if dense else []))
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
