@@ -10,6 +10,7 @@ Each run has one core to itself, as many at a time as there are cores.
 
 import argparse
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -95,17 +96,26 @@ def steps_of(name: str, block_over_dense_time: Callable[[], float]) -> int:
 
 
 def time_ratio(out: Path) -> float:
-    """Step time of mod_block over dense, measured here once, taking turns, and kept in the directory."""
+    """Step time of mod_block over dense, measured here once, on one core as the runs have it, and kept in the directory."""
     kept = out / "time_ratio.json"
     if not kept.is_file():
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-        from routing import stepper
-
         print("measuring the step time of mod_block over dense", file=sys.stderr)
-        dense, block = stepper(config_of("dense")), stepper(config_of("mod_block"))
-        ratios = [1 / (dense() / block()) for _ in range(25)][5:]
-        kept.write_text(json.dumps({"mod_block_over_dense": statistics.median(ratios)}) + "\n", encoding="utf-8")
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            kept.write_text(json.dumps({"mod_block_over_dense": pool.apply(_measure_ratio)}) + "\n", encoding="utf-8")
     return float(json.loads(kept.read_text(encoding="utf-8"))["mod_block_over_dense"])
+
+
+def _measure_ratio() -> float:
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    from lumina_jax.allocator import keep_large_buffers
+
+    keep_large_buffers()
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from routing import stepper
+
+    dense, block = stepper(config_of("dense")), stepper(config_of("mod_block"))
+    return statistics.median([block() / dense() for _ in range(25)][5:])
 
 
 def train(out: Path, name: str, steps: int, seed: int, core: int) -> Path:
@@ -123,13 +133,16 @@ def train(out: Path, name: str, steps: int, seed: int, core: int) -> Path:
     return workdir
 
 
-def read(workdir: Path) -> tuple[float, float, list[tuple[int, float]]]:
+def read(workdir: Path, steps: int) -> tuple[float, float, list[tuple[int, float]]]:
     """Final bits per byte, worst load of an expert over the mean, and the curve (step, bits per byte) of a finished run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     loads = [line["moe_load"] for line in lines if "moe_load" in line]
     worst = max((max(layer) * len(layer) for layer in loads[-1]), default=0.0) if loads else 0.0
     curve = [(line["step"], line["bits_per_byte"]) for line in lines if line.get("kind") == "eval"]
-    return json.loads((workdir / "result.json").read_text(encoding="utf-8"))["held_out"]["bits_per_byte"], worst, curve
+    result = json.loads((workdir / "result.json").read_text(encoding="utf-8"))
+    if result["step"] != steps:
+        raise LuminaError(f"{workdir}: trained {result['step']} steps, not {steps}; remove it to have it trained anew")
+    return result["held_out"]["bits_per_byte"], worst, curve
 
 
 def table(outcomes: dict[str, Outcome]) -> str:
@@ -160,7 +173,11 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for name, outcome in outcomes.items():
         axes.plot(*zip(*outcome.curve, strict=True), marker="o", markersize=3, label=name)
-    axes.set(xlabel="training FLOPs", ylabel="held-out bits per byte, causal routing", title=f"{SEEDS} seeds each, mean")
+    axes.set(
+        xlabel="training FLOPs",
+        ylabel="held-out bits per byte, causal routing",
+        title=f"mean over {max(len(o.bits_per_byte) for o in outcomes.values())} seeds",
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -201,7 +218,7 @@ def main() -> None:
     outcomes: dict[str, Outcome] = {name: Outcome(steps[name]) for name in arguments.only}
     curves: dict[str, list[Any]] = {name: [] for name in arguments.only}
     for name, workdir in finished:
-        bits, worst, curve = read(workdir)
+        bits, worst, curve = read(workdir, steps[name])
         outcomes[name].bits_per_byte.append(bits)
         outcomes[name].worst_load.append(worst)
         curves[name].append(curve)

@@ -30,7 +30,7 @@ class MoEConfig:
     pattern: str = "none"  # which layers: all, none, interleaved, every_N, sandwich, or a list such as 1,3,5
     num_experts: int = 8  # E
     top_k: int = 1  # experts a token
-    capacity_factor: float = 1.25  # capacity dispatch: slots an expert has in a row, times T * top_k / E
+    capacity_factor: float = 1.25  # capacity dispatch: slots an expert has in a row, times T * top_k / (E + no-ops)
     score: str = "softmax"  # softmax or sigmoid over the router logits
     temperature: float = 1.0  # router logits are divided by it
     jitter: float = 0.0  # training only: router inputs are multiplied by uniform noise in 1 +- jitter
@@ -81,7 +81,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # inside the root of RMSNorm
     dropout: float = 0.0  # training only: on each residual branch
     embedding_std: float = 0.02  # of the embedding's normal initialiser; matrices take 1 / sqrt(fan in)
-    attention_form: str = "auto"  # of the inner attention: auto, chunked, reference, cudnn or splash
+    attention_form: str = "auto"  # of the inner attention: auto, chunked, reference or splash
     moe: MoEConfig = field(default_factory=MoEConfig)
     mod: MoDConfig = field(default_factory=MoDConfig)
 
@@ -274,7 +274,7 @@ def validate(config: Config) -> Config:
             _require(getattr(part, name) > 0, f"{prefix}.{name}", getattr(part, name), "must be above 0")
     for prefix, part, name, choices in (
         ("model", m, "activation", ("swiglu", "geglu")),
-        ("model", m, "attention_form", ("auto", "chunked", "reference", "cudnn", "splash")),
+        ("model", m, "attention_form", ("auto", "chunked", "reference", "splash")),
         ("model.moe", moe, "score", ("softmax", "sigmoid")),
         ("model.moe", moe, "dispatch", ("capacity", "dropless")),
         ("model.moe", moe, "balance_over", ("row", "micro_batch", "batch")),
@@ -321,6 +321,12 @@ def validate(config: Config) -> Config:
     )
     for name, value in (("capacity", mod.capacity), ("start_capacity", mod.start_capacity)):
         _require(0 < value <= 1, f"model.mod.{name}", value, "must be above 0 and at most 1")
+    _require(
+        mod.anneal_steps < t.steps,
+        "model.mod.anneal_steps",
+        mod.anneal_steps,
+        f"must be below train.steps = {t.steps}, or the run ends at another capacity than model.mod.capacity",
+    )
     _require(
         mod.anneal_steps == 0 or mod.start_capacity >= mod.capacity,
         "model.mod.start_capacity",

@@ -4,7 +4,7 @@ import ctypes
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8  # malloc.h
-NEVER, PAD = 2**31 - 1, 64 * 2**20
+NEVER, PAD = -1, 64 * 2**20
 
 
 def keep_large_buffers() -> str:

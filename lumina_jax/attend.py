@@ -22,60 +22,51 @@ HIDDEN = -1e30  # added to a score that a query must not see: its weight becomes
 
 @dataclass(frozen=True)
 class Form:
-    """What one form of attention can honour. Empty tuples: any. All are causal and have gradients."""
+    """What one form of attention can honour. Empty tuples: any.
+
+    All are causal, keep documents apart and have gradients. cuDNN's is not among them, as JAX's interface to it cannot keep
+    documents apart.
+    """
 
     name: str
-    documents: bool  # rows may hold several documents, that must not see each other
     platforms: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
-    width_multiple: int = 1  # head widths must be multiples of it
-    widest: int = 0  # and no larger; 0 is any
     length_multiple: int = 1  # lengths of rows must be multiples of it
 
-    def refusal(self, platform: str, dtype: Any, head_dim: int, length: int, documents: bool) -> str:
+    def refusal(self, platform: str, dtype: Any, length: int) -> str:
         """Why it cannot do this, in words; empty if it can."""
         dtype = jnp.dtype(dtype).name
         if self.platforms and platform not in self.platforms:
             return f"runs on {' or '.join(self.platforms)}, not on {platform}"
         if self.dtypes and dtype not in self.dtypes:
             return f"takes {' or '.join(self.dtypes)}, not {dtype}"
-        if head_dim % self.width_multiple or (self.widest and head_dim > self.widest):
-            most = f" up to {self.widest}" if self.widest else ""
-            return f"takes heads whose width is a multiple of {self.width_multiple}{most}, not {head_dim}"
         if length % self.length_multiple:
             return f"takes rows whose length is a multiple of {self.length_multiple}, not {length}"
-        if documents and not self.documents:
-            return "lets the documents of a row see each other"
         return ""
 
 
 FORMS = {
     form.name: form
     for form in (
-        Form("chunked", documents=True),
-        Form("reference", documents=True),
-        # cuDNN knows lengths of rows, a bias of [T, T] and, below JAX's public interface, offsets of documents: no segments.
-        Form("cudnn", documents=False, platforms=("gpu",), dtypes=("bfloat16", "float16"), width_multiple=8, widest=128),
-        Form("splash", documents=True, platforms=("tpu",), dtypes=("bfloat16", "float32"), length_multiple=128),
+        Form("chunked"),
+        Form("reference"),
+        Form("splash", platforms=("tpu",), dtypes=("bfloat16", "float32"), length_multiple=128),
     )
 }
-PREFERRED = {"tpu": "splash", "gpu": "cudnn"}  # where it can; chunked is everywhere else
+PREFERRED = {"tpu": "splash"}  # where it can; chunked is everywhere else
 
 
-def choose_attention(
-    form: str, platform: str, dtype: Any, head_dim: int, length: int, documents: bool = True
-) -> tuple[str, str]:
+def choose_attention(form: str, platform: str, dtype: Any, length: int) -> tuple[str, str]:
     """(name of the form to take, why).
 
     Args:
         form: one of FORMS, or `auto`.
         platform: cpu, gpu or tpu.
         dtype: of queries, keys and values.
-        documents: whether a row may hold several, kept apart by their segments.
 
     Raises ConfigError when `form` is unknown, or cannot honour the rest.
     """
-    asked = (platform, dtype, head_dim, length, documents)
+    asked = (platform, dtype, length)
     able = [name for name, known in FORMS.items() if not known.refusal(*asked)]
     if form == "auto":
         preferred = PREFERRED.get(platform, "chunked")
@@ -94,15 +85,9 @@ def choose_attention(
 def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT, form: str = "auto"):
     """Query t sees the keys at or before t that are in its segment. Softmax in at least float32.
 
-    `segments_BT` None says that each row is one document. Returns [B, T, H, h] in q's dtype. Raises ConfigError as
-    `choose_attention` does.
+    Returns [B, T, H, h] in q's dtype. Raises ConfigError as `choose_attention` does.
     """
-    T, h, documents = q_BTHh.shape[1], q_BTHh.shape[3], segments_BT is not None
-    name, _ = choose_attention(form, jax.default_backend(), q_BTHh.dtype, h, T, documents)
-    if name == "cudnn":
-        return jax.nn.dot_product_attention(q_BTHh, k_BTKh, v_BTKh, is_causal=True, implementation="cudnn")
-    if segments_BT is None:
-        segments_BT = jnp.zeros(q_BTHh.shape[:2], jnp.int32)
+    name, _ = choose_attention(form, jax.default_backend(), q_BTHh.dtype, q_BTHh.shape[1])
     if name == "reference":
         return attend_chunk(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
     if name == "splash":

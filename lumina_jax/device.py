@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lumina.architecture import layer_kinds
+from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config
 from lumina_jax.attend import choose_attention
 from lumina_jax.grouped import choose_grouped
@@ -30,8 +30,14 @@ def chosen_forms(config: Config) -> str:
     """
     model, platform = config.model, jax.default_backend()
     dtype, length = config.train.compute_dtype, config.data.sequence_length
-    attention, why = choose_attention(model.attention_form, platform, dtype, model.head_dim, length)
+    attention, why = choose_attention(model.attention_form, platform, dtype, length)
     chosen = f"attention: {attention} ({why})"
+    if model.mod.scope == "block" and any(kind.endswith("mod") for kind in layer_kinds(model)):
+        stages = {depth_capacity_at(model.mod, step) for step in (*range(model.mod.anneal_steps), model.mod.anneal_steps)}
+        for selected in sorted({capacity(length, share) for share in stages} - {length}):
+            form, why = choose_attention(model.attention_form, platform, dtype, selected)
+            if form != attention:
+                chosen += f", {form} among the {selected} tokens that take a block ({why})"
     if any(kind.startswith("moe") for kind in layer_kinds(model)):
         grouped, why = choose_grouped(model.moe.grouped_form, platform)
         chosen += f"; dropless experts: {grouped} ({why})"

@@ -177,7 +177,8 @@ class Transformer(nnx.Module):
 
             body = jax.checkpoint(repeat) if remat else repeat
             xs = (list(stacked), numbers_Rp, keys_RpB, caches[number] if caches is not None else None)
-            unroll = R if mode.training and R <= UNROLLED and jax.default_backend() == "cpu" else 1
+            few = R <= UNROLLED and not remat  # which outside of a loop XLA would recompute early, and keep
+            unroll = R if mode.training and few and jax.default_backend() == "cpu" else 1
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]
             new_caches.append(caches_out)

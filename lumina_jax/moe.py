@@ -47,7 +47,7 @@ def route(moe: MoEConfig, logits_BTA, bias_A):
     _, experts_BTk = jax.lax.top_k(in_best_groups(moe, scores_BTA + bias_A), moe.top_k)
     gates_BTk = jnp.take_along_axis(scores_BTA, experts_BTk, axis=-1)
     if moe.renormalise and moe.top_k > 1:
-        gates_BTk = gates_BTk / jnp.sum(gates_BTk, axis=-1, keepdims=True)
+        gates_BTk = gates_BTk / (jnp.sum(gates_BTk, axis=-1, keepdims=True) + 1e-20)  # sigmoids may all be 0
     return experts_BTk, gates_BTk * moe.route_scale, scores_BTA
 
 

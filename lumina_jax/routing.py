@@ -3,6 +3,7 @@
 B rows, T positions, D model width, A alternatives of an expert router, k choices, R rows in all, L layers.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -93,6 +94,9 @@ def look(run: RunDirectory, config: Config, corpus: Corpus, rows: int, best: boo
     """
     from lumina_jax import checkpoint  # orbax takes a second to import
 
+    # A run trained elsewhere may ask for forms that this machine does not have.
+    model = replace(config.model, attention_form="auto", moe=replace(config.model.moe, grouped_form="auto"))
+    config = replace(config, model=model)
     shapes, graphdef = state_shapes(config)
     state, step = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
     held_out = Rows(corpus.held_out, config.data.sequence_length, corpus.document_end_id)

@@ -3,7 +3,6 @@
 The story, in order: the run and its data, the model, what is about to happen, the loop (`lumina.runs.loop`), the result.
 """
 
-import functools
 import json
 import os
 import shlex
@@ -119,8 +118,7 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     fresh = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))
     sizes = shaped_whole(mesh, shapes)
 
-    @functools.cache
-    def compiled_step(capacity: float) -> Any:
+    def compile_step(capacity: float) -> Any:
         """The step at a depth capacity, which may be annealed."""
         console.status("compiling the training step")
         began, stage = time.perf_counter(), at_capacity(config, capacity)
@@ -130,11 +128,15 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
         console.say(f"compiled in {time.perf_counter() - began:.1f} s{at}")
         return compiled
 
-    def train_step(number: int, state: TrainState, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
-        step = compiled_step(depth_capacity_at(config.model.mod, number))
-        return step(state, *inputs(batch, update, stop))
+    first = depth_capacity_at(config.model.mod, start)
+    compiled = {first: compile_step(first)}  # before anything is said to have begun
 
-    compiled_step(depth_capacity_at(config.model.mod, start))  # before anything is said to have begun
+    def train_step(number: int, state: TrainState, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
+        capacity = depth_capacity_at(config.model.mod, number)
+        if capacity not in compiled:
+            with loop.aside():
+                compiled[capacity] = compile_step(capacity)
+        return compiled[capacity](state, *inputs(batch, update, stop))
 
     # ------------------------------------------------------------------------------------------------------- the loop
     def held_out_loss(state: TrainState, alive: Any) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class RunDirectory:
 
     def check_same_config(self, config: Config, accept: bool = False) -> None:
         """Refuse to go on with a run under a config that would make other numbers, naming each field, unless `accept`."""
-        changed = [change for change in self.changes(config) if not change.startswith(MAY_CHANGE)]
+        changed = [change for change in self.changes(config) if not _may_change(change, config)]
         if changed and not accept:
             raise ConfigError(
                 f"{self.path} holds a run of another config ({'; '.join(changed)}); choose another --workdir, "
@@ -148,8 +148,14 @@ class Events:
 
 def config_fingerprint(config: Config) -> str:
     """SHA-256 over the fields that decide a run's numbers."""
-    deciding = {name: value for name, value in _flat(to_dict(config)).items() if not name.startswith(MAY_CHANGE)}
+    deciding = {name: value for name, value in _flat(to_dict(config)).items() if not _may_change(name, config)}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def _may_change(name: str, config: Config) -> bool:
+    """Whether `name`, a field, may change within a run: nothing depends on it but rounding."""
+    counted = config.model.moe.balance_over == "micro_batch" and name.startswith("train.micro_batches")
+    return name.startswith(MAY_CHANGE) and not counted
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

@@ -1,7 +1,8 @@
 """The training loop of any backend: steps, evaluations, samples, checkpoints, and what goes wrong on the way."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,6 +138,14 @@ class Loop:
                 self.events.write("stopped", self.step, f"stopped by {why} at step {self.step}")
                 return "stopped"
         return "finished"
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """For what a step may have to wait for and is none, such as compiling."""
+        self.watchdog.rest()
+        self.reporter.pause()
+        yield
+        self.watchdog.alive()
 
     def sample(self, count: int) -> list[str]:
         """Continuations of the config's prompt, also kept in samples/."""

@@ -16,7 +16,7 @@ import numpy as np
 from lumina.architecture import layer_kinds
 from lumina.config import Config
 from lumina.data import Corpus, prepare
-from lumina.errors import CheckpointError, DataError, LuminaError, UsageError
+from lumina.errors import CheckpointError, ConfigError, DataError, LuminaError, UsageError
 from lumina.runs import library
 from lumina.runs.console import printable
 from lumina.runs.directory import RunDirectory
@@ -106,7 +106,7 @@ def _held_out(
         corpus = prepare(config.data, config.model.vocab_size, lambda line: print(printable(line), file=sys.stderr))
         run.check_same_data(corpus.manifest | {"fingerprint": corpus.fingerprint})
         return look(run, config, corpus, rows, best), corpus.tokenizer, ""
-    except (DataError, CheckpointError, UsageError) as error:
+    except (ConfigError, DataError, CheckpointError, UsageError) as error:
         if best and isinstance(error, CheckpointError):
             raise
         return None, None, _why(error)

@@ -91,11 +91,6 @@ def test_a_packed_row_of_one_token_documents_returns_its_own_values():
     assert np.max(np.abs(dk)) < 1e-5
 
 
-def test_no_segments_means_one_document_a_row():
-    q, k, v = _qkv(70, 2, 1, 4)
-    assert np.array_equal(attend(q, k, v, None), attend(q, k, v, np.zeros((1, 70), np.int32)))
-
-
 def test_scores_far_apart_neither_overflow_nor_lose_their_gradient():
     q, k, v = _qkv(67, 2, 1, 4)
     segments_BT, cotangent = np.zeros((1, 67), np.int32), _normal(1, 67, 2, 4, seed=4)
@@ -190,48 +185,42 @@ def test_splash_lowers_for_tpu_forward_and_backward(dtype):
 
 
 @pytest.mark.parametrize(
-    ("platform", "dtype", "length", "documents", "expected"),
+    ("platform", "dtype", "length", "expected"),
     [
-        ("cpu", "float32", 512, True, "chunked"),
-        ("cpu", "float64", 7, True, "chunked"),
-        ("tpu", "bfloat16", 512, True, "splash"),
-        ("tpu", "bfloat16", 500, True, "chunked"),
-        ("gpu", "bfloat16", 512, True, "chunked"),
-        ("gpu", "bfloat16", 512, False, "cudnn"),
-        ("gpu", "float32", 512, False, "chunked"),
+        ("cpu", "float32", 512, "chunked"),
+        ("cpu", "float64", 7, "chunked"),
+        ("tpu", "bfloat16", 512, "splash"),
+        ("tpu", "bfloat16", 500, "chunked"),
+        ("gpu", "bfloat16", 512, "chunked"),
     ],
 )
-def test_auto_takes_the_fastest_that_honours_the_request(platform, dtype, length, documents, expected):
-    name, reason = choose_attention("auto", platform, dtype, 64, length, documents)
+def test_auto_takes_the_fastest_that_honours_the_request(platform, dtype, length, expected):
+    name, reason = choose_attention("auto", platform, dtype, length)
     assert name == expected
     assert reason
 
 
 @pytest.mark.parametrize(
-    ("form", "platform", "dtype", "head_dim", "length", "says"),
+    ("form", "platform", "dtype", "length", "says"),
     [
-        ("cudnn", "gpu", "bfloat16", 64, 512, "cudnn lets the documents of a row see each other"),
-        ("cudnn", "gpu", "float32", 64, 512, "takes bfloat16 or float16, not float32"),
-        ("cudnn", "gpu", "bfloat16", 60, 512, "multiple of 8 up to 128, not 60"),
-        ("cudnn", "gpu", "bfloat16", 136, 512, "multiple of 8 up to 128, not 136"),
-        ("splash", "cpu", "bfloat16", 64, 512, "runs on tpu, not on cpu"),
-        ("splash", "tpu", "float64", 64, 512, "takes bfloat16 or float32, not float64"),
-        ("splash", "tpu", "bfloat16", 64, 500, "multiple of 128, not 500"),
+        ("splash", "cpu", "bfloat16", 512, "runs on tpu, not on cpu"),
+        ("splash", "tpu", "float64", 512, "takes bfloat16 or float32, not float64"),
+        ("splash", "tpu", "bfloat16", 500, "multiple of 128, not 500"),
     ],
 )
-def test_a_form_that_cannot_honour_the_request_is_refused(form, platform, dtype, head_dim, length, says):
+def test_a_form_that_cannot_honour_the_request_is_refused(form, platform, dtype, length, says):
     with pytest.raises(ConfigError) as error:
-        choose_attention(form, platform, dtype, head_dim, length)
+        choose_attention(form, platform, dtype, length)
     assert says in str(error.value)
     assert str(error.value).endswith("; chunked, reference would work")
 
 
 def test_an_unknown_form_is_refused():
-    with pytest.raises(ConfigError, match="attention = 'flash': must be auto, chunked, reference, cudnn, splash"):
-        choose_attention("flash", "cpu", "float32", 64, 512)
+    with pytest.raises(ConfigError, match="attention_form = 'flash': must be auto, chunked, reference, splash"):
+        choose_attention("flash", "cpu", "float32", 512)
 
 
-def test_attend_itself_refuses_a_form_that_would_mix_documents():
+def test_attend_itself_refuses_a_form_that_cannot_run_here():
     q, k, v = _qkv(8, 2, 1, 8)
-    with pytest.raises(ConfigError, match="cudnn"):
-        attend(q, k, v, np.zeros((1, 8), np.int32), "cudnn")
+    with pytest.raises(ConfigError, match="splash runs on tpu"):
+        attend(q, k, v, np.zeros((1, 8), np.int32), "splash")

@@ -4,21 +4,42 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lumina.architecture import memory
+from lumina.architecture import at_capacity, memory
 from lumina.config import load, override
-from lumina_jax.device import compiled_memory, matmul_peak, peak_memory
+from lumina.errors import ConfigError
+from lumina_jax.device import chosen_forms, compiled_memory, matmul_peak, peak_memory
 from lumina_jax.step import controls, make_train_step, state_shapes
 
+ESTIMATED = {
+    "debug": [],
+    "remat": ["--config.model.num_layers=4", "--config.train.remat=True"],
+    "dropless": ["--config.model.moe.dispatch=dropless", "--config.model.moe.top_k=2"],
+    "block": ["--config.model.mod.scope=block", "--config.model.mod.anneal_steps=8"],
+}
 
-@pytest.mark.parametrize("flags", [[], ["--config.model.num_layers=4", "--config.train.remat=True"]], ids=["debug", "remat"])
+
+@pytest.mark.parametrize("flags", ESTIMATED.values(), ids=ESTIMATED.keys())
 def test_expected_memory_is_within_25_percent_of_the_compiled_step(flags):
     config = override(load("debug"), flags)
+    if config.model.mod.anneal_steps:  # the first stage is the largest
+        config = at_capacity(config, config.model.mod.start_capacity)
     shapes, graphdef = state_shapes(config)
     size = (config.train.batch_size, config.data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(size, jnp.int32) for name in ("inputs", "targets", "segments", "positions")}
     batch["weights"] = jax.ShapeDtypeStruct(size, jnp.float32)
     step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(shapes, batch, controls(config)).compile()
     assert memory(config).total == pytest.approx(compiled_memory(step), rel=0.25)
+
+
+def test_every_form_that_a_run_will_need_is_announced_and_refused_at_the_start(monkeypatch):
+    blocks = ["--config.model.mod.scope=block", "--config.model.mod.capacity=0.3", "--config.data.sequence_length=512"]
+    config = override(load("debug"), [*blocks, "--config.train.compute_dtype=bfloat16"])
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert chosen_forms(config).startswith("attention: splash (auto: the fastest on tpu), chunked among the 154 tokens")
+    # 512 tokens begin; at the first fall there are 468, of which splash makes no whole blocks
+    asked = override(config, ["--config.model.mod.anneal_steps=100", "--config.model.attention_form=splash"])
+    with pytest.raises(ConfigError, match=r"splash takes rows whose length is a multiple of 128, not 154; chunked"):
+        chosen_forms(asked)
 
 
 def test_compiled_memory_counts_arguments_and_results_that_reuse_none():

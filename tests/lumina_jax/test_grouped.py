@@ -428,9 +428,9 @@ def test_blocks_may_be_asked_for_on_tpu():
 @pytest.mark.parametrize(
     ("form", "platform", "works"),
     [
-        ("ragged", "cpu", r"form 'ragged' runs on tpu, not cpu .*E times the work.*; use auto$"),
+        ("ragged", "cpu", r"grouped_form = 'ragged': runs on tpu, not cpu .*E times the work.*; use auto$"),
         ("ragged", "gpu", r"runs on tpu, not gpu"),
-        ("sorted", "cpu", r"form 'sorted': must be one of auto, blocks, ragged$"),
+        ("sorted", "cpu", r"grouped_form = 'sorted': must be one of auto, blocks, ragged$"),
     ],
 )
 def test_a_form_that_cannot_run_is_refused_with_what_would_work(form, platform, works):

@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
 
-from lumina.config import Config, from_dict, load, to_dict
+from lumina.config import Config, from_dict, load, save, to_dict
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.directory import MAY_CHANGE, Events, RunDirectory, config_fingerprint
 from lumina.runs.journal import read_json_lines
@@ -147,6 +148,16 @@ def test_what_changes_no_number_may_change_and_nothing_else(run, field):
     else:
         with pytest.raises(ConfigError, match=rf"\({field}: .+ -> .+\); choose another --workdir, .+ --accept-changes$"):
             run.check_same_config(with_another(field))
+
+
+def test_micro_batches_may_not_change_where_balance_is_taken_over_them(run):
+    config = Config()
+    config.model.moe.balance_over = "micro_batch"
+    save(config, run.config)
+    more = replace(config, train=replace(config.train, micro_batches=2))
+    with pytest.raises(ConfigError, match=r"train.micro_batches: 1 -> 2"):
+        run.check_same_config(more)
+    assert config_fingerprint(more) != config_fingerprint(config)
 
 
 def test_a_change_is_accepted_when_asked_for(run):
