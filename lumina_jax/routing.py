@@ -16,7 +16,7 @@ from lumina.config import Config
 from lumina.data import Corpus
 from lumina.data.rows import Rows, segments_and_positions
 from lumina.runs.directory import RunDirectory
-from lumina.runs.routing import HeldOut
+from lumina.runs.routing_text import HeldOut
 from lumina_jax.attention import at_least_float32
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import CAUSAL, Transformer, Variables, merge

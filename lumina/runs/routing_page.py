@@ -21,19 +21,9 @@ from lumina.runs import library
 from lumina.runs.console import printable
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import finite
-from lumina.runs.routing import (
-    HeldOut,
-    History,
-    Typical,
-    advice,
-    by_position,
-    extremes,
-    read_history,
-    summary,
-    typical,
-    verdicts,
-)
+from lumina.runs.routing import History, advice, read_history, summary, verdicts
 from lumina.runs.routing_plots import THEMES, draw, require_matplotlib
+from lumina.runs.routing_text import HeldOut, Typical, by_position, extremes, typical
 from lumina.tokenizer import StreamDecoder, Tokenizer
 
 ROWS = 64

@@ -8,18 +8,8 @@ import pytest
 
 from lumina.config import Config, MoDConfig, ModelConfig, MoEConfig, validate
 from lumina.runs.directory import RunDirectory
-from lumina.runs.routing import (
-    RECENT,
-    ExpertWatch,
-    advice,
-    by_position,
-    extremes,
-    history_of,
-    read_history,
-    summary,
-    typical,
-    verdicts,
-)
+from lumina.runs.routing import RECENT, ExpertWatch, advice, history_of, read_history, summary, verdicts
+from lumina.runs.routing_text import by_position, extremes, typical
 
 EVEN = [0.25, 0.25, 0.25, 0.25]
 NAN = float("nan")

@@ -12,9 +12,10 @@ from lumina import cli
 from lumina.config import Config, MoDConfig, ModelConfig, MoEConfig, save, validate
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.runs import routing_page, routing_plots
-from lumina.runs.routing import HeldOut, history_of
+from lumina.runs.routing import history_of
 from lumina.runs.routing_page import Shown, page, visible
 from lumina.runs.routing_plots import draw
+from lumina.runs.routing_text import HeldOut
 
 needs_matplotlib = pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="the extra plots is not installed")
 KINDS = {"moe": ("all", "none"), "mod": ("none", "all"), "hybrid": ("1", "all"), "dense": ("none", "none")}
