@@ -1,6 +1,6 @@
 """Does routing help? Small models on the embedded corpus, three seeds each, and a table with the spread.
 
-    python experiments/routing.py --out runs/experiments            # some 40 minutes on two CPU cores
+    python experiments/routing.py --out runs/experiments            # some 45 minutes on two CPU cores
     python experiments/routing.py --out runs/experiments --only mod_block dense --seeds 1
 
 Every figure is held-out bits per byte under causal routing. Runs are ordinary runs, resumed or left alone when they are there
@@ -45,10 +45,14 @@ SHAPE = [
 MOE = ["--config.model.moe.pattern=all"]
 BLOCK = ["--config.model.mod.pattern=interleaved", "--config.model.mod.scope=block", "--config.model.mod.capacity=0.125"]
 MOD = ["--config.model.mod.pattern=all", "--config.model.mod.capacity=0.5"]
+# A top-1 gate begins near 1/8 and scales what its expert adds; this undoes half of that.
+SCALED = ["--config.model.moe.route_scale=4"]
 # At random the router is spared the auxiliary loss.
 MODELS: dict[str, list[str]] = {
     "dense": [],
     "moe_top1": MOE,
+    "moe_top1_scaled": [*MOE, *SCALED],
+    "moe_top1_sigmoid": [*MOE, "--config.model.moe.score=sigmoid"],
     "moe_top2": [*MOE, "--config.model.d_ff=256", "--config.model.moe.num_experts=16", "--config.model.moe.top_k=2"],
     "moe_bias": [*MOE, "--config.model.moe.balance_weight=0", "--config.model.moe.bias_rate=0.001"],
     "mod_ffn": MOD,
@@ -57,6 +61,7 @@ MODELS: dict[str, list[str]] = {
     "mod_block_equal_flops": BLOCK,
     "mod_block_equal_time": BLOCK,
     "hybrid": [*MOE, *MOD],
+    "hybrid_scaled": [*MOE, *MOD, *SCALED],
 }
 
 
