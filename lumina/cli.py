@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lumina.errors import UsageError, exit_with
+from lumina.errors import NOT_CAUSAL, UsageError, exit_with
 
 
 def main() -> None:
@@ -194,8 +194,9 @@ def _certify(arguments: argparse.Namespace) -> None:
 
     found = certify(str(run.path), arguments.rows, arguments.best, Console(0))
     certificate.write(run.path, found)
-    print(certificate.as_json(found) if arguments.json else certificate.terminal(found))
-    sys.exit(0 if found["causal"] else 1)
+    text, encoding = certificate.as_json(found) if arguments.json else certificate.terminal(found), sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.exit(0 if found["causal"] else NOT_CAUSAL)
 
 
 def _run(arguments: argparse.Namespace) -> None:

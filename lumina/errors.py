@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 
+NOT_CAUSAL = 6  # of `lumina certify`: no crash, but an answer
 STOPPED_AND_SAVED = 75
 DO_NOT_RETRY = 93
 INTERRUPTED = 130

@@ -39,6 +39,7 @@ ROUTINGS = {"causal": CAUSAL, "top_k": TOP}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 CONTROL = 1e-3  # a control must move logits by this share of the largest, a hundred times what rounding may do
 NOISE_ERRORS = 4.0  # standard errors below log V that chance explains once in 30,000 certificates
+NOISE_ROWS = 64  # at least: the error of fewer rows is too uncertain for that
 PROMPTS, CONTINUED = 4, 32  # of generation: prompts, and tokens after each
 LEAST_ROWS = 2  # a swap needs another row, a standard error as well
 
@@ -56,8 +57,7 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
         raise UsageError(f"--rows = {rows}: must be at least {LEAST_ROWS}, or 0 for all held-out text")
     run, config = RunDirectory(run_directory), load(run_directory)
     held_out, tokenizer, data_fingerprint = held_out_text(run, config, console)
-    shapes, graphdef = state_shapes(config)
-    state, step = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
+    state, step = checkpoint.load(run, shaped_whole(one_device(), state_shapes(config)[0]), best)
     certificate = {
         "run": str(run.path),
         "step": step,
@@ -68,7 +68,8 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
         "jax": jax.__version__,
         "device": describe(one_device()),
     }
-    return certificate | examine(as_trained(config, step), graphdef, state.variables, tokenizer, held_out, rows, console)
+    trained = as_trained(config, step)  # the graph definition holds what the modules compute with
+    return certificate | examine(trained, state_shapes(trained)[1], state.variables, tokenizer, held_out, rows, console)
 
 
 def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:
@@ -87,9 +88,10 @@ def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[
 
 
 def as_trained(config: Config, step: int) -> Config:
-    """The config with the depth capacity of the last step trained, and the attention that computes in any precision."""
+    """The config with the depth capacity of the last step trained, and the forms that this device has: another may have trained it."""
     mod = replace(config.model.mod, capacity=depth_capacity_at(config.model.mod, max(step - 1, 0)), anneal_steps=0)
-    return replace(config, model=replace(config.model, mod=mod, attention_form="auto"))
+    moe = replace(config.model.moe, grouped_form="auto")
+    return replace(config, model=replace(config.model, moe=moe, mod=mod, attention_form="auto"))
 
 
 def examine(
@@ -107,7 +109,8 @@ def examine(
     N = int(sum(np.sum(batch["weights"][:, 0]) for batch in batches))
     if N < LEAST_ROWS:
         raise DataError(f"the held-out text has {N} row of {T} tokens; a certificate needs {LEAST_ROWS}: hold out more")
-    noise = Batches(Rows(Noise(tokenizer.vocab_size, N * T + 1), T, held_out.document_end_id), B, seed=0, shuffle=False)
+    noise_tokens = max(N, NOISE_ROWS) * T + 1
+    noise = Batches(Rows(Noise(tokenizer.vocab_size, noise_tokens), T, held_out.document_end_id), B, seed=0, shuffle=False)
     model, blind = config.model, why_no_control(config.model, T)
     depth = any(kind.endswith("+mod") for kind in layer_kinds(model))
     modes = ROUTINGS if depth else {"causal": CAUSAL}

@@ -17,6 +17,7 @@ from lumina.config import Config, load
 from lumina.errors import UsageError
 from lumina.runs.directory import RunDirectory
 from lumina.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from lumina_jax.attention import at_least_float32
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables, fit_caches, make_caches, merge, routed_caches
 from lumina_jax.step import state_shapes
@@ -106,7 +107,7 @@ class Generator:
                 caches=caches,
                 written_BT=places_1T <= last,
             )
-            return (hidden[0, last] @ model.head_DV(self.dtype)).astype(jnp.float32), caches
+            return at_least_float32(hidden[0, last] @ model.head_DV(self.dtype)), caches
 
         def draw(logits_V, seen_V, knobs, key):
             kept_V = filter_logits(logits_V, seen_V, allowed_V, knobs)

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from lumina.runs.console import Console, table
+from lumina.runs.console import Console, printable, table
 from lumina.runs.directory import replace_file
 from lumina.runs.journal import finite
 from lumina.runs.units import duration
@@ -50,22 +50,24 @@ class Passes:
 
 
 def verdict(certificate: dict[str, Any]) -> dict[str, Any]:
-    """The certificate with `causal`, and `failed`: each measure that did not hold, or whose control was not refused."""
-    failed = []
+    """The certificate with `causal`; `leaks`, when a measure did not hold; and `failed`: each of those, and each whose control
+    was not refused, which shows nothing either way."""
+    failed, leaks = [], False
     for name, title in TITLES.items():
         measure = certificate["measures"][name]
         if not measure["holds"]:
+            leaks = True
             failed.append(f"{title}: {_finding(name, measure)}")
         control = measure.get("control", {})
         if control.get("applicable") and not control["refused"]:
             failed.append(f"{title}: the control was not refused ({_share(control['relative'])}), so the measure shows nothing")
-    return {"causal": not failed, "failed": failed, **certificate}
+    return {"causal": not failed, "leaks": leaks, "failed": failed, **certificate}
 
 
 def write(directory: Path, certificate: dict[str, Any]) -> None:
     """certificate.json and certificate.html in a run's directory, each whole or not at all."""
     for name, text in (("certificate.json", as_json(certificate)), ("certificate.html", page(certificate))):
-        replace_file(directory / name, partial(Path.write_text, data=text, encoding="utf-8"))
+        replace_file(directory / name, partial(Path.write_text, data=text, encoding="utf-8", errors="backslashreplace"))
 
 
 def as_json(certificate: dict[str, Any]) -> str:
@@ -108,7 +110,7 @@ def _control(measure: dict[str, Any]) -> str:
 
 
 def _loss(part: dict[str, Any]) -> str:
-    return f"{part['nats_per_token']:.4f} ± {part['standard_error']:.4f} nats a token, {part['bits_per_byte']:.3f} bits/byte"
+    return f"{part['nats_per_token']:.4f} +- {part['standard_error']:.4f} nats a token, {part['bits_per_byte']:.3f} bits/byte"
 
 
 def _ratio(value: float | None) -> str:
@@ -135,7 +137,7 @@ def _found(certificate: dict[str, Any]) -> list[tuple[str, str]]:
         gap = quality["gap"]
         lines += [
             ("control: top-k", f"{_loss(quality['top_k'])} (sees the future: no figure of quality)"),
-            ("gap", f"{gap['nats_per_token']:+.4f} ± {gap['standard_error']:.4f} nats a token, top-k minus causal"),
+            ("gap", f"{gap['nats_per_token']:+.4f} +- {gap['standard_error']:.4f} nats a token, top-k minus causal"),
         ]
     for name, title in TITLES.items():
         measure = measures[name]
@@ -160,7 +162,9 @@ def _layers(depth: dict[str, Any] | None) -> list[list[str]]:
 
 
 def _says(certificate: dict[str, Any]) -> str:
-    return "causal: nothing that is quoted sees the future" if certificate["causal"] else "NOT causal"
+    if certificate["causal"]:
+        return "causal: nothing that is quoted sees the future"
+    return "NOT causal" if certificate["leaks"] else "not shown to be causal: a control was not refused"
 
 
 def terminal(certificate: dict[str, Any]) -> str:
@@ -169,7 +173,7 @@ def terminal(certificate: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     depth = "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     rows = _about(certificate) + _found(certificate) + ([("depth routing", depth)] if depth else [])
-    return table([*rows, ("verdict", "\n".join([_says(certificate), *certificate["failed"]]))])
+    return printable(table([*rows, ("verdict", "\n".join([_says(certificate), *certificate["failed"]]))]))
 
 
 # ------------------------------------------------------------------------------------------------------------- page

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 from functools import cache, partial
 
 import jax
@@ -16,10 +17,11 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 import lumina_jax.attention
+import lumina_jax.generate
 from lumina import cli
 from lumina.config import load
 from lumina.data.rows import Batches, Rows
-from lumina.errors import CheckpointError, DataError, UsageError
+from lumina.errors import NOT_CAUSAL, CheckpointError, DataError, UsageError
 from lumina.runs.certificate import Passes
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
@@ -27,7 +29,7 @@ from lumina.tokenizer import train_bpe
 from lumina_jax import certify
 from lumina_jax.attend import attend_chunk
 from lumina_jax.certify import TOP, Comparison, Forward, Noise, auroc, foretold, in_top, noise_losses, prefixes, settled, swaps
-from lumina_jax.generate import Generator
+from lumina_jax.generate import Generator, Sampling
 from lumina_jax.mod import MoD, select_top
 from lumina_jax.model import CAUSAL, Mode, Variables, merge
 from lumina_jax.step import init_state, state_shapes
@@ -300,7 +302,7 @@ def test_causal_routing_that_takes_the_top_of_a_row_is_refused(monkeypatch, toke
 def peeking(monkeypatch):
     """Attention sees one token too many."""
 
-    def attend(q, k, v, segments):
+    def attend(q, k, v, segments, form):
         return attend_chunk(q, k, v, segments, segments, 1)
 
     monkeypatch.setattr(lumina_jax.attention, "attend", attend)
@@ -506,13 +508,40 @@ def test_the_command_prints_and_writes_the_certificate(run, capsys):
     assert [layer["realised_capacity"] for layer in depth["layers"]] == pytest.approx(result["mod_capacity"], rel=1e-6)
 
 
-def test_a_leak_exits_1_and_says_what_failed(run, capsys, peeking):
+def test_a_leak_exits_6_and_says_what_failed(run, capsys, peeking):
     code, printed = certified(capsys, run.path, "--rows", 6, "--best")
-    assert code == 1
+    assert code == NOT_CAUSAL == 6
     assert "NOT causal" in printed
     assert "swapped suffixes: " in printed
     assert "NOT causal" in (run.path / "certificate.html").read_text()
     assert not json.loads((run.path / "certificate.json").read_text())["causal"]
+
+
+def test_the_model_examined_is_that_of_the_stage_of_annealing(monkeypatch, run, tmp_path):
+    annealed = RunDirectory(tmp_path / "annealed")
+    shutil.copytree(run.path, annealed.path)
+    config = json.loads(run.config.read_text())
+    # Trained elsewhere: neither form runs here.
+    config["model"]["mod"] |= {"capacity": 0.25, "anneal_steps": 8}
+    config["model"] |= {"attention_form": "splash"}
+    config["model"]["moe"]["grouped_form"] = "ragged"
+    annealed.config.write_text(json.dumps(config))
+    taken = []
+    honest = Forward.hidden
+
+    def watched(self, batch, mode):
+        hidden_BTD, depth = honest(self, batch, mode)
+        if mode == TOP:
+            taken.append((batch["inputs"].shape[1], depth["taken_BT"].sum(axis=2)))
+        return hidden_BTD, depth
+
+    monkeypatch.setattr(Forward, "hidden", watched)
+    certificate = certify.certify(str(annealed.path), 4, False, QUIET)
+    share = 1 - 0.75 * 5 / 8  # five falls of eight before step 5, the last of six
+    assert certificate["measures"]["depth"]["share_of_top"] == math.ceil(share * T) / T
+    assert {length for length, _ in taken} >= {T, T // 4}
+    for length, count in taken:
+        assert (count == math.ceil(share * length)).all()
 
 
 def test_other_data_than_the_run_began_with_is_refused(run, tmp_path):
@@ -526,6 +555,37 @@ def test_other_data_than_the_run_began_with_is_refused(run, tmp_path):
     other.data.write_text(run.data.read_text())
     with pytest.raises(CheckpointError, match="no whole checkpoint"):
         certify.certify(str(other.path), 4, False, QUIET)
+
+
+def test_a_stream_that_takes_ascii_alone_gets_the_certificate(monkeypatch, run, found, tmp_path):
+    named = tmp_path / "läufe"
+    named.mkdir()
+    (named / "config.json").write_text(run.config.read_text())
+    about = {"step": 6, "checkpoint": "newest", "config": "", "data": "", "tokenizer": "", "jax": "", "device": "cpu"}
+    monkeypatch.setattr(certify, "certify", lambda path, *others: {**about, "run": path, **found["hybrid"]})
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stream)
+    with pytest.raises(SystemExit):
+        cli.run(["certify", str(named)])
+    stream.flush()
+    assert rb"l\xe4ufe, step 6" in stream.buffer.getvalue()
+
+
+def test_random_tokens_are_64_rows_however_few_are_asked_for(found):
+    assert found["dense"]["rows"] == N
+    assert found["dense"]["measures"]["noise"]["tokens"] == 64 * T
+
+
+def test_the_generator_keeps_float64(tokenizer):
+    config, graphdef, variables = untrained("dense")
+    with jax.enable_x64(True):
+        generator = Generator(config, graphdef, variables, tokenizer)
+        generator.dtype = jnp.float64
+        kept, honest = [], lumina_jax.generate.filter_logits
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(lumina_jax.generate, "filter_logits", lambda x, *others: kept.append(x.dtype) or honest(x, *others))
+            list(generator.tokens([1, 2], 2, Sampling(temperature=0.0)))
+    assert set(kept) == {jnp.dtype("float64")}
 
 
 @pytest.mark.parametrize("rows", ["-1", "1"])

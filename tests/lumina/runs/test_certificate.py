@@ -101,6 +101,26 @@ def test_a_control_that_passes_is_a_failure_of_the_measure(name):
     assert certificate["failed"] == [
         f"{TITLES[name]}: the control was not refused (1.0e-06 of the largest logit), so the measure shows nothing"
     ]
+    for text in (terminal(certificate), page(certificate)):
+        assert "not shown to be causal" in text
+        assert "NOT causal" not in text
+
+
+def test_a_leak_is_one_even_where_a_control_was_not_refused():
+    certificate = changed("prefix", control=CONTROL | {"refused": False}, holds=False)
+    assert "NOT causal" in terminal(certificate)
+
+
+def test_the_table_is_ascii_and_a_name_cannot_steer_the_terminal():
+    text = terminal(verdict(MEASURED | {"run": "runs/\x1b[2Jx"}))
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert "runs/\\x1b[2Jx, step 150" in text
+
+
+def test_a_name_that_is_no_text_is_written_all_the_same(tmp_path):
+    write(tmp_path, verdict(MEASURED | {"run": "runs/\udcff"}))
+    assert "\\udcff" in (tmp_path / "certificate.html").read_text()
 
 
 def test_a_control_that_is_not_applicable_is_none():
