@@ -194,7 +194,10 @@ def _certify(arguments: argparse.Namespace) -> None:
 
     found = certify(str(run.path), arguments.rows, arguments.best, Console(0))
     certificate.write(run.path, found)
-    text, encoding = certificate.as_json(found) if arguments.json else certificate.terminal(found), sys.stdout.encoding or "utf-8"
+    text, encoding = (
+        certificate.as_json(found) if arguments.json else certificate.terminal(found),
+        sys.stdout.encoding or "utf-8",
+    )
     print(text.encode(encoding, "backslashreplace").decode(encoding))
     sys.exit(0 if found["causal"] else NOT_CAUSAL)
 

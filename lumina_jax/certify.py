@@ -5,8 +5,8 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lumina.architecture import LOGIT_CHUNK, capacity, depth_capacity_at, layer_kinds
+from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
 from lumina.data import TokenStream, prepare
 from lumina.data.rows import Batches, Rows, segments_and_positions
@@ -23,20 +23,17 @@ from lumina.errors import DataError, UsageError
 from lumina.runs.certificate import FORMAT, Passes, verdict
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
+from lumina.runs.ranks import foretold, in_top, standard_error
 from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_jax.device import describe
 from lumina_jax.generate import Generator, Sampling
-from lumina_jax.loss import cross_entropy
 from lumina_jax.mesh import one_device, shaped_whole
-from lumina_jax.model import CAUSAL, Mode, Variables, merge
+from lumina_jax.model import CAUSAL, Mode, Variables
+from lumina_jax.passes import TOLERANCE, Comparison, Forward, is_real, padded, settled
 from lumina_jax.step import state_shapes
 
 TOP = Mode(top=True)  # the control: depth routing that sees the future, all else as in evaluation
 ROUTINGS = {"causal": CAUSAL, "top_k": TOP}
-# Two programs of one model may add up the same numbers in another order. Measured on CPU, prefixes moved logits in float32 by
-# nothing (debug), 3e-7 of the largest (2 layers of width 16) and 1e-6 (6 of width 512), in float64 by 3e-16. A model so deep
-# that rounding goes beyond the first tolerance is measured again under the second, which no rounding reaches.
-TOLERANCE = {"float32": 1e-5, "float64": 1e-10}
 CONTROL = 1e-3  # a control must move logits by this share of the largest, a hundred times what rounding may do
 NOISE_ERRORS = 4.0  # standard errors below log V that chance explains once in 30,000 certificates
 NOISE_ROWS = 64  # at least: the error of fewer rows is too uncertain for that
@@ -88,7 +85,7 @@ def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[
 
 
 def as_trained(config: Config, step: int) -> Config:
-    """The config with the depth capacity of the last step trained, and the forms that this device has: another may have trained it."""
+    """The config with the depth capacity of the last step trained, and forms for this device: another may have trained it."""
     mod = replace(config.model.mod, capacity=depth_capacity_at(config.model.mod, max(step - 1, 0)), anneal_steps=0)
     moe = replace(config.model.moe, grouped_form="auto")
     return replace(config, model=replace(config.model, moe=moe, mod=mod, attention_form="auto"))
@@ -174,81 +171,6 @@ class Noise(TokenStream):
         return self._tokens[start:stop]
 
 
-# ----------------------------------------------------------------------------------------------------- passes
-
-
-class Forward:
-    """The passes of one model in one precision; each shape is compiled once."""
-
-    def __init__(self, graphdef: nnx.GraphDef, variables: Variables, dtype: Any, passes: Passes):
-        self.graphdef, self.variables, self.dtype, self._passes = graphdef, variables, dtype, passes
-        self.name = jnp.dtype(dtype).name
-
-        def hidden(variables, inputs_BT, segments_BT, positions_BT, mode):
-            model = merge(graphdef, variables)
-            hidden_BTD, metrics, _ = model(inputs_BT, segments_BT, positions_BT, dtype=dtype, mode=mode)
-            depth = metrics.get("mod", {})
-            return hidden_BTD, {name: depth[name] for name in ("logit_BT", "taken_BT") if name in depth}
-
-        def losses(variables, hidden_BTD, targets_BT, weights_BT):
-            head_DV = merge(graphdef, variables).head_DV(dtype)
-            return jax.lax.map(lambda row: cross_entropy(row[0], head_DV, *row[1:]).loss, (hidden_BTD, targets_BT, weights_BT))
-
-        def differences(variables, one_BTD, other_BTD):
-            head_DV = merge(graphdef, variables).head_DV(dtype)
-
-            def of_token(pair):
-                one_V, other_V = pair[0] @ head_DV, pair[1] @ head_DV
-                return jnp.max(jnp.abs(one_V - other_V)), jnp.max(jnp.abs(one_V))
-
-            B, T, D = one_BTD.shape
-            pairs = (one_BTD.reshape(-1, D), other_BTD.reshape(-1, D))
-            found = jax.lax.map(of_token, pairs, batch_size=min(LOGIT_CHUNK, B * T))
-            return [each.reshape(B, T) for each in found]
-
-        self._hidden = jax.jit(hidden, static_argnames="mode")
-        self._losses, self._differences = jax.jit(losses), jax.jit(differences)
-
-    def hidden(self, batch: dict[str, np.ndarray], mode: Mode) -> tuple[jax.Array, dict[str, np.ndarray]]:
-        """Last hidden states [B, T, D], and of the MoD layers logit and taken [L, B, T], if there are any."""
-        hidden_BTD, depth = self._hidden(self.variables, batch["inputs"], batch["segments"], batch["positions"], mode=mode)
-        depth = jax.device_get(depth)
-        self._passes.advance()
-        return hidden_BTD, depth
-
-    def losses(self, hidden_BTD: jax.Array, batch: dict[str, np.ndarray]) -> np.ndarray:
-        """Summed cross-entropy of each real row [N], as training and evaluation compute it."""
-        losses_B = self._losses(self.variables, hidden_BTD, batch["targets"], batch["weights"])
-        return np.asarray(losses_B, np.float64)[is_real(batch)]
-
-    def differences(self, one_BTD: jax.Array, other_BTD: jax.Array) -> list[np.ndarray]:
-        """The largest difference of a token's logits, and its largest logit in the first pass, each [B, T]."""
-        return [np.asarray(each, np.float64) for each in self._differences(self.variables, one_BTD, other_BTD)]
-
-    def logits(self, hidden_ND: jax.Array) -> np.ndarray:
-        """Logits of a few tokens [N, V]."""
-        return np.asarray(hidden_ND @ merge(self.graphdef, self.variables).head_DV(self.dtype))
-
-
-def is_real(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Which rows are text [B], and not filling of the last batch."""
-    return batch["weights"][:, 0] > 0
-
-
-def settled(measure: Callable[[Forward], dict[str, Any]], forward: Forward) -> dict[str, Any]:
-    """What `measure` finds in float32; when that does not hold, in float64, with the first finding beside it.
-
-    A choice of experts or of depth whose margin is within rounding may fall either way in float32, and then moves everything
-    after it. In float64 it does not; what really depends on the future does so in any precision.
-    """
-    found = measure(forward)
-    if found["holds"]:
-        return found
-    with jax.enable_x64(True):
-        again = measure(Forward(forward.graphdef, forward.variables, jnp.float64, forward._passes))
-    return {**again, "in_float32": found}
-
-
 # ------------------------------------------------------------------------------------------ cross-entropy, noise
 
 
@@ -261,7 +183,7 @@ def cross_entropies(forward: Forward, batches: list, modes: dict[str, Mode], tok
         for batch in batches:
             hidden_BTD, depth = forward.hidden(batch, mode)
             per_batch.append(forward.losses(hidden_BTD, batch))
-            told.append({key: value[:, is_real(batch)] for key, value in depth.items()})
+            told.append({key: depth[key][:, is_real(batch)] for key in ("logit_BT", "taken_BT") if key in depth})
         losses[name] = np.concatenate(per_batch)
         seen[name] = {key: np.concatenate([each[key] for each in told], axis=1) for key in told[0]}
     targets = np.concatenate([batch["targets"][is_real(batch)] for batch in batches])
@@ -284,11 +206,6 @@ def cross_entropies(forward: Forward, batches: list, modes: dict[str, Mode], tok
         found["top_k"]["label"] = "control: sees the future, never a figure of quality"
         found["gap"] = {"nats_per_token": float(np.mean(gap_N)), "standard_error": standard_error(gap_N)}
     return found, seen
-
-
-def standard_error(values_N: np.ndarray) -> float:
-    """Of the mean of independent values."""
-    return float(np.std(values_N, ddof=1) / math.sqrt(len(values_N)))
 
 
 def noise_losses(forward: Forward, noise: Batches, modes: dict[str, Mode], vocab_size: int) -> dict[str, Any]:
@@ -316,61 +233,6 @@ def noise_losses(forward: Forward, noise: Batches, modes: dict[str, Mode], vocab
 # --------------------------------------------------------------------------------------------- prefixes and swaps
 
 
-@dataclass
-class Comparison:
-    """Two passes that must agree at some tokens, over many batches."""
-
-    difference: float = 0.0  # the largest of any logit
-    logit: float = 0.0  # the largest
-    tokens: int = 0
-    where: dict[str, int] = field(default_factory=dict)  # of the largest difference
-    decisions: int = 0  # of depth
-    flips: int = 0  # decisions that differ
-    margin: float = 0.0  # the largest |logit| of a flip, of either pass
-    depth_logit: float = 0.0  # the largest of depth
-
-    def add(self, forward: Forward, one: tuple, other: tuple, counted_BT: np.ndarray, first_row: int) -> None:
-        """Compare (hidden, depth) of two passes at the tokens that count."""
-        difference_BT, logit_BT = forward.differences(one[0], other[0])
-        row, position = np.unravel_index(np.argmax(np.where(counted_BT, difference_BT, -1.0)), counted_BT.shape)
-        largest = difference_BT[row, position]
-        if not largest <= self.difference:
-            self.where = {"row": first_row + int(row), "position": int(position)}
-        self.difference = float(np.maximum(self.difference, largest))  # unlike max(), passes NaN on
-        self.logit = float(np.maximum(self.logit, np.max(logit_BT[counted_BT])))
-        self.tokens += int(np.sum(counted_BT))
-        if one[1]:
-            self._add_depth(one[1], other[1], counted_BT)
-
-    def _add_depth(self, one: dict[str, np.ndarray], other: dict[str, np.ndarray], counted_BT: np.ndarray) -> None:
-        flips_LBT = (one["taken_BT"] != other["taken_BT"]) & counted_BT
-        logit_LBT = np.maximum(np.abs(one["logit_BT"]), np.abs(other["logit_BT"]))
-        self.decisions += flips_LBT.shape[0] * int(np.sum(counted_BT))
-        self.flips += int(np.sum(flips_LBT))
-        self.margin = max(self.margin, float(np.max(logit_LBT[flips_LBT], initial=0)))
-        self.depth_logit = max(self.depth_logit, float(np.max(logit_LBT[:, counted_BT], initial=0)))
-
-    def found(self, dtype: str) -> dict[str, Any]:
-        relative = self.difference / self.logit if self.logit else math.nan
-        depth = {
-            "decisions": self.decisions,
-            "flips": self.flips,
-            "largest_margin_of_a_flip": self.margin,
-            "largest_depth_logit": self.depth_logit,
-        }
-        return {
-            "tokens": self.tokens,
-            "precision": dtype,
-            "largest_difference": self.difference,
-            "largest_logit": self.logit,
-            "relative": relative,
-            "where": self.where,
-            "tolerance": TOLERANCE[dtype],
-            **(depth if self.decisions else {}),
-            "holds": bool(relative <= TOLERANCE[dtype]) and not self.flips,
-        }
-
-
 def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) -> dict[str, Any]:
     """Logits of prefixes alone against those of the whole rows: of each batch one length, of each length a batch or more."""
     comparison, B = Comparison(), len(batches[0]["inputs"])
@@ -378,10 +240,8 @@ def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) ->
         batch, t = batches[turn % len(batches)], lengths[turn % len(lengths)]
         whole, T = forward.hidden(batch, mode), batch["inputs"].shape[1]
         alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
-        hidden_BTD = jnp.pad(alone[0], ((0, 0), (0, T - t), (0, 0)))
-        depth = {name: np.pad(value, ((0, 0), (0, 0), (0, T - t))) for name, value in alone[1].items()}
         counted_BT = is_real(batch)[:, None] & (np.arange(T) < t)
-        comparison.add(forward, whole, (hidden_BTD, depth), counted_BT, turn % len(batches) * B)
+        comparison.add(forward, whole, padded(alone, T), counted_BT, turn % len(batches) * B)
     return {
         "what": "logits of a prefix alone against those of the whole row at the prefix",
         "lengths": lengths,
@@ -441,7 +301,7 @@ def generation(config: Config, tokenizer: Tokenizer, batches: list, forward: For
     allowed_V = np.zeros(config.model.vocab_size, bool)
     allowed_V[: tokenizer.vocab_size] = True
     allowed_V[list(set(tokenizer.control.values()) - {generator.end})] = False
-    differ, margin, largest = 0, 0.0, 0.0
+    differ, margin, largest, rows = 0, 0.0, 0.0, []
     for start in range(0, len(prompts), B):
         inputs_BT = np.full((B, T), generator.end, np.int32)
         pairs = list(zip(prompts, written, strict=True))[start : start + B]
@@ -449,15 +309,17 @@ def generation(config: Config, tokenizer: Tokenizer, batches: list, forward: For
             inputs_BT[row, : len(prompt) + len(tokens)] = [*prompt, *tokens]
         whole = np.zeros((B, T), np.int32)  # one document, as the generator takes it
         positions_BT = np.broadcast_to(np.arange(T, dtype=np.int32), (B, T))
-        hidden_BTD, _ = forward.hidden({"inputs": inputs_BT, "segments": whole, "positions": positions_BT}, CAUSAL)
+        hidden_BTD, told = forward.hidden({"inputs": inputs_BT, "segments": whole, "positions": positions_BT}, CAUSAL)
         for row, (prompt, tokens) in enumerate(pairs):
             places = slice(len(prompt) - 1, len(prompt) - 1 + len(tokens))
             logits_nV = np.where(allowed_V, forward.logits(hidden_BTD[row, places]), -np.inf)
             missed_n = np.max(logits_nV, axis=-1) - logits_nV[np.arange(len(tokens)), tokens]
             differ += int(np.sum(np.argmax(logits_nV, axis=-1) != tokens))
             margin = float(np.maximum(margin, np.max(missed_n)))
+            rows.append((hidden_BTD[row : row + 1], {name: value[:, row : row + 1] for name, value in told.items()}, missed_n))
             largest = float(np.maximum(largest, np.max(np.abs(logits_nV[:, allowed_V]))))
     relative = margin / largest if largest else math.nan
+    holds = bool(relative <= TOLERANCE[forward.name])
     return {
         "what": "greedy continuations with the cache against the most likely token of one pass without it",
         "prompts": len(prompts),
@@ -466,8 +328,30 @@ def generation(config: Config, tokenizer: Tokenizer, batches: list, forward: For
         "different_tokens": differ,
         "relative": relative,  # how much less likely a generated token's logit is than the largest: 0 when all are equal
         "tolerance": TOLERANCE[forward.name],
-        "holds": bool(relative <= TOLERANCE[forward.name]),
+        **({} if holds else flips_of_cache(forward, prompts, written, rows, largest)),
+        "holds": holds,
     }
+
+
+def flips_of_cache(forward: Forward, prompts: list, written: list, rows: list, largest: float) -> dict[str, Any]:
+    """Which choices differ between passes without the cache and the same tokens with it, and what differs before them.
+
+    `rows` are (hidden [1, T, D], told, how much likelier [n] another token was than the generated one) of the first.
+    """
+    if all(kind == "dense" for kind in forward.kinds):
+        return {}
+    comparison, missed = Comparison(), 0.0
+    for number, (prompt, tokens, (hidden_1TD, told, missed_n)) in enumerate(zip(prompts, written, rows, strict=True)):
+        T, fed = hidden_1TD.shape[1], [*prompt, *tokens[:-1]]
+        with_cache = padded(forward.decoded(fed, len(prompt)), T)
+        reached_1T = comparison.add(forward, (hidden_1TD, told), with_cache, np.arange(T)[None] < len(fed), number)
+        before_n = ~reached_1T[0, len(prompt) - 1 : len(fed)]
+        missed = float(np.maximum(missed, np.max(missed_n[before_n], initial=0)))
+    before = comparison.before_flips()
+    before["relative_before_flips"] = float(
+        np.maximum(before["relative_before_flips"], missed / largest if largest else math.nan)
+    )
+    return {"flips": comparison.flips, "expert_flips": comparison.expert_flips, **before}
 
 
 def _prompts(batches: list, length: int, end: int) -> Iterator[list[int]]:
@@ -514,34 +398,3 @@ def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndar
         "scope": model.mod.scope,
         "layers": layers,
     }
-
-
-def in_top(logit_NT: np.ndarray, count: int) -> np.ndarray:
-    """Which tokens are among the `count` highest of their row, ties to the earlier, bool [N, T]."""
-    order_NT = np.argsort(-logit_NT, axis=1, kind="stable")
-    member_NT = np.zeros(logit_NT.shape, bool)
-    np.put_along_axis(member_NT, order_NT[:, :count], True, axis=1)
-    return member_NT
-
-
-def foretold(logit_NT: np.ndarray, member_NT: np.ndarray) -> dict[str, float | None]:
-    """AUROC of a logit against membership; precision, recall, F1 and agreement of `logit > 0`. None where undefined."""
-    decided_NT = logit_NT > 0
-    both, decided, members = (int(np.sum(each)) for each in (decided_NT & member_NT, decided_NT, member_NT))
-    return {
-        "auroc": auroc(logit_NT.ravel(), member_NT.ravel()),
-        "f1": 2 * both / (decided + members) if decided + members else None,
-        "precision": both / decided if decided else None,
-        "recall": both / members if members else None,
-        "agreement": float(np.mean(decided_NT == member_NT)),
-    }
-
-
-def auroc(score_N: np.ndarray, member_N: np.ndarray) -> float | None:
-    """How often a member scores above one that is none, ties counted half: exact, by ranks (Mann and Whitney, 1947)."""
-    members, rest = int(np.sum(member_N)), int(np.sum(~member_N))
-    if not members or not rest:
-        return None
-    _, group_N, size = np.unique(score_N, return_inverse=True, return_counts=True)
-    rank = np.cumsum(size) - (size - 1) / 2  # of equals the mean of their ranks, which count from 1
-    return float((np.sum(rank[group_N][member_N]) - members * (members + 1) / 2) / (members * rest))

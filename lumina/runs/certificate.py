@@ -57,7 +57,7 @@ def verdict(certificate: dict[str, Any]) -> dict[str, Any]:
         measure = certificate["measures"][name]
         if not measure["holds"]:
             leaks = True
-            failed.append(f"{title}: {_finding(name, measure)}")
+            failed.append("; ".join(filter(None, [f"{title}: {_finding(name, measure)}", measure.get("settled")])))
         control = measure.get("control", {})
         if control.get("applicable") and not control["refused"]:
             failed.append(f"{title}: the control was not refused ({_share(control['relative'])}), so the measure shows nothing")
@@ -97,9 +97,14 @@ def _finding(name: str, measure: dict[str, Any]) -> str:
         )
         return differ if measure["different_tokens"] or not measure["holds"] else f"{tokens} are those without cache"
     flips = f"; {measure['flips']} of {measure['decisions']:,} depth decisions differ" if measure.get("flips") else ""
+    experts = (
+        f"; {measure['expert_flips']} of {measure['expert_choices']:,} choices of experts"
+        if measure.get("expert_flips")
+        else ""
+    )
     again = f"; in float32 {_share(measure['in_float32']['relative'])}" if "in_float32" in measure else ""
     within = f"tolerance {measure['tolerance']:.0e}, {measure['precision']}"
-    return f"{_share(measure['relative'])} ({within}) over {measure['tokens']:,} tokens{flips}{again}"
+    return f"{_share(measure['relative'])} ({within}) over {measure['tokens']:,} tokens{flips}{experts}{again}"
 
 
 def _control(measure: dict[str, Any]) -> str:
