@@ -127,7 +127,7 @@ class Forward:
     def _told(self, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Of the MoD layers logit_BT and taken_BT, of the MoE layers experts_BTk and margin_BT, each with an axis L first."""
         of_depth, of_experts = metrics.get("mod", {}), metrics.get("moe", {})
-        told = {name: of_depth[name] for name in ("logit_BT", "taken_BT") if name in of_depth}
+        told: dict[str, Any] = {name: of_depth[name] for name in ("logit_BT", "taken_BT") if name in of_depth}
         told |= {name: of_experts[name] for name in ("experts_BTk", "margin_BT") if name in of_experts}
         if "experts_BTk" in told and "taken_BT" in told:  # a layer that no token takes does not run, and tells zeros
             depth = _numbers(self.kinds, "+mod")

@@ -464,9 +464,11 @@ def test_what_only_rounding_moved_is_settled_in_float64():
     assert settled(lambda run: {"holds": True, "of": run.name}, forward("dense")) == {"holds": True, "of": "float32"}
 
 
-def leaking_in(monkeypatch, *dtypes):
+def leaking_in(monkeypatch, dtype):
+    """Attention sees all that follows in this precision, and nothing in others."""
+
     def attend(q, k, v, segments, form):
-        return attend_chunk(q, k, v, segments, segments, 1 if q.dtype in dtypes else 0)
+        return attend_chunk(q, k, v, segments, segments, T if q.dtype == dtype else 0)
 
     monkeypatch.setattr(lumina_jax.attention, "attend", attend)
 
