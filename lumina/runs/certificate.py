@@ -97,11 +97,9 @@ def _finding(name: str, measure: dict[str, Any]) -> str:
         )
         return differ if measure["different_tokens"] or not measure["holds"] else f"{tokens} are those without cache"
     flips = f"; {measure['flips']} of {measure['decisions']:,} depth decisions differ" if measure.get("flips") else ""
-    experts = (
-        f"; {measure['expert_flips']} of {measure['expert_choices']:,} choices of experts"
-        if measure.get("expert_flips")
-        else ""
-    )
+    experts = ""
+    if measure.get("expert_flips"):
+        experts = f"; {measure['expert_flips']} of {measure['expert_choices']:,} choices of experts differ"
     again = f"; in float32 {_share(measure['in_float32']['relative'])}" if "in_float32" in measure else ""
     within = f"tolerance {measure['tolerance']:.0e}, {measure['precision']}"
     return f"{_share(measure['relative'])} ({within}) over {measure['tokens']:,} tokens{flips}{experts}{again}"

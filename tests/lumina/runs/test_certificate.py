@@ -140,6 +140,13 @@ def test_flips_of_depth_are_told():
     assert "3 of 81,792 depth decisions differ" in terminal(changed("suffix", holds=False, flips=3))
 
 
+def test_why_float32_counts_is_told_with_the_choices_that_differ():
+    why = "float32 counts: no choice of depth or of experts differed"
+    certificate = changed("suffix", holds=False, expert_flips=2, expert_choices=163_584, settled=why)
+    assert "2 of 163,584 choices of experts differ; float32 counts: no choice" in certificate["failed"][0]
+    assert why in terminal(certificate)
+
+
 def test_top_k_figures_are_labelled_as_controls_wherever_they_stand():
     for line in terminal(verdict(MEASURED)).splitlines():
         if "4.9485" in line or "8.738" in line:
