@@ -488,6 +488,8 @@ def test_a_leak_in_float32_alone_is_not_forgiven(monkeypatch, held_out, name):
         if name != "dense":
             assert found.get("flips", 0) + found["expert_flips"] > 0  # which alone would have forgiven it
             assert found["relative_before_flips"] > NEAR
+            near_ties = found | {"largest_margin_of_a_first_flip": 0.0}
+            assert "before any choice differed" in why_final(near_ties, run)
 
 
 @pytest.mark.parametrize("name", ["hybrid", "experts"])
