@@ -316,10 +316,7 @@ def why_final(found: dict[str, Any], forward: Forward) -> str:
     """Why a finding in float32 is not rounding, and float64 has no say; empty if it may be."""
     model, platform = forward.model, jax.default_backend()
     for length in sorted(forward.lengths):
-        one, other = (
-            choose_attention(model.attention_form, platform, dtype, model.head_dim, length)[0]
-            for dtype in ("float32", "float64")
-        )
+        one, other = (choose_attention(model.attention_form, platform, dtype, length)[0] for dtype in ("float32", "float64"))
         if one != other:
             return f"attention over {length} tokens would be {other} in float64, and not {one}, which is what was examined"
     if all(kind == "dense" for kind in forward.kinds):

@@ -30,6 +30,7 @@ class Mutant(NamedTuple):
 
 STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.py", "lumina_jax/test_model.py"
 MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
+CERTIFY = "lumina_jax/test_certify.py"
 GROUPED = "lumina_jax/test_grouped.py"
 ATTEND = "lumina_jax/test_attend.py"
 EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
@@ -643,6 +644,42 @@ MUTANTS = [
         'Form(ragged, ("tpu",)',
         'Form(ragged, ("tpu", "cpu")',
         GROUPED,
+    ),
+    # -------------------------------------------------------------------------------------------------- the certificate
+    Mutant(
+        "float64 has the last word on every finding",
+        "lumina_jax/passes.py",
+        "if why := why_final(found, forward):",
+        'if why := "":',
+        CERTIFY,
+    ),
+    Mutant(
+        "a control that was not refused is no matter",
+        "lumina/runs/certificate.py",
+        'if control.get("applicable") and not control["refused"]:',
+        'if control.get("applicable") and False:',
+        "lumina/runs/test_certificate.py",
+    ),
+    Mutant(
+        "ties counted whole in AUROC",
+        "lumina/runs/ranks.py",
+        "rank = np.cumsum(size) - (size - 1) / 2",
+        "rank = np.cumsum(size)",
+        CERTIFY,
+    ),
+    Mutant(
+        "any first flip passes for a near-tie",
+        "lumina_jax/passes.py",
+        'if not found["largest_margin_of_a_first_flip"] < NEAR:',
+        "if False:",
+        CERTIFY,
+    ),
+    Mutant(
+        "certified as configured, not as annealed",
+        "lumina_jax/certify.py",
+        "state_shapes(trained)[1]",
+        "state_shapes(config)[1]",
+        CERTIFY,
     ),
 ]
 

@@ -28,6 +28,7 @@ FINAL = {
     errors.ConfigError.exit_code: "refused the config",
     errors.DataError.exit_code: "refused the data",
     errors.CheckpointError.exit_code: "refused a checkpoint",
+    errors.NOT_CAUSAL: "found the run not causal",
     errors.DO_NOT_RETRY: "asks for no restart",
     126: "a program could not be run",  # so say shells, and programs that start others
     127: "a program was not found",
