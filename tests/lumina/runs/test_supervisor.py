@@ -110,7 +110,7 @@ def start():
         process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("end", [75, 1, 6, 134, 137, 139, 143, 255, "SIGKILL", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("end", [75, 1, 7, 134, 137, 139, 143, 255, "SIGKILL", "SIGTERM", "SIGHUP"])
 def test_what_crashed_or_stopped_and_saved_is_restarted(notes, end):
     assert supervise(ending(notes, end, 0), 20, wait=at_once) == 0
     assert len(lines(notes)) == 2
@@ -118,7 +118,7 @@ def test_what_crashed_or_stopped_and_saved_is_restarted(notes, end):
 
 @pytest.mark.parametrize(
     ("end", "code"),
-    [*((code, code) for code in (0, 2, 3, 4, 5, 93, 126, 127, 130, 141)), ("SIGINT", 130), ("SIGPIPE", 141)],
+    [*((code, code) for code in (0, 2, 3, 4, 5, 6, 93, 126, 127, 130, 141)), ("SIGINT", 130), ("SIGPIPE", 141)],
 )
 def test_what_a_restart_would_not_help_runs_once_and_its_exit_code_is_the_supervisors(notes, end, code):
     assert supervise(ending(notes, end), 20, wait=at_once) == code
