@@ -560,7 +560,7 @@ def test_another_form_of_attention_in_float64_settles_nothing(monkeypatch, held_
     run = of(untrained("dense"))
     run.hidden(batches_of(held_out)[0], CAUSAL)
     assert not why_final({"relative": 5e-5}, run)
-    monkeypatch.setitem(lumina_jax.attend.FORMS, "quick", Form("quick", documents=True, dtypes=("float32",), length_multiple=T))
+    monkeypatch.setitem(lumina_jax.attend.FORMS, "quick", Form("quick", dtypes=("float32",), length_multiple=T))
     monkeypatch.setitem(lumina_jax.attend.PREFERRED, "cpu", "quick")
     assert why_final({"relative": 5e-5}, run).startswith("attention over 16 tokens would be chunked in float64, and not quick")
     run.lengths = {T + 1}
@@ -612,7 +612,7 @@ def test_float64_is_that_in_earnest(held_out):
 
 
 def test_the_depth_capacity_is_that_of_the_last_step_trained():
-    config = tiny("moe+mod", mod={"capacity": 0.5, "anneal_steps": 80})
+    config = tiny("moe+mod", mod={"capacity": 0.5, "anneal_steps": 80}, steps=100)
     found = [certify.as_trained(config, step).model.mod.capacity for step in (0, 1, 40, 41, 80, 81)]
     assert found == [1.0, 1.0, 0.8125, 0.75, 0.5625, 0.5]  # eight falls, one every ten steps
     assert config.model.mod.anneal_steps == 80
@@ -675,6 +675,7 @@ def test_the_model_examined_is_that_of_the_stage_of_annealing(monkeypatch, run, 
     config = json.loads(run.config.read_text())
     # Trained elsewhere: neither form runs here.
     config["model"]["mod"] |= {"capacity": 0.25, "anneal_steps": 8}
+    config["train"]["steps"] = 9
     config["model"] |= {"attention_form": "splash"}
     config["model"]["moe"]["grouped_form"] = "ragged"
     annealed.config.write_text(json.dumps(config))
