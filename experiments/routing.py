@@ -52,7 +52,7 @@ MODELS: dict[str, list[str]] = {
     "dense": [],
     "moe_top1": MOE,
     "moe_top1_scaled": [*MOE, *SCALED],
-    "moe_top1_sigmoid": [*MOE, "--config.model.moe.score=sigmoid"],
+    "moe_top1_dropless": [*MOE, "--config.model.moe.dispatch=dropless"],
     "moe_top2": [*MOE, "--config.model.d_ff=256", "--config.model.moe.num_experts=16", "--config.model.moe.top_k=2"],
     "moe_bias": [*MOE, "--config.model.moe.balance_weight=0", "--config.model.moe.bias_rate=0.001"],
     "mod_ffn": MOD,
