@@ -42,9 +42,10 @@ SHAPE = [
     "--config.monitor.log_every=25",
     "--config.monitor.tensorboard=False",
 ]
-MOE = ["--config.model.moe.pattern=all"]
+MOE = ["--config.model.moe.pattern=all", "--config.model.moe.dispatch=capacity"]
 BLOCK = ["--config.model.mod.pattern=interleaved", "--config.model.mod.scope=block", "--config.model.mod.capacity=0.125"]
 MOD = ["--config.model.mod.pattern=all", "--config.model.mod.capacity=0.5"]
+DROPLESS = ["--config.model.moe.dispatch=dropless"]
 # A top-1 gate begins near 1/8 and scales what its expert adds; this undoes half of that.
 SCALED = ["--config.model.moe.route_scale=4"]
 # At random the router is spared the auxiliary loss.
@@ -52,7 +53,7 @@ MODELS: dict[str, list[str]] = {
     "dense": [],
     "moe_top1": MOE,
     "moe_top1_scaled": [*MOE, *SCALED],
-    "moe_top1_dropless": [*MOE, "--config.model.moe.dispatch=dropless"],
+    "moe_top1_dropless": [*MOE, *DROPLESS],
     "moe_top2": [*MOE, "--config.model.d_ff=256", "--config.model.moe.num_experts=16", "--config.model.moe.top_k=2"],
     "moe_bias": [*MOE, "--config.model.moe.balance_weight=0", "--config.model.moe.bias_rate=0.001"],
     "mod_ffn": MOD,
