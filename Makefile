@@ -21,7 +21,7 @@ setup: $(VENV)/.core ## make .venv with what training needs
 
 setup-dev: $(VENV)/.dev ## make .venv with what tests and checks need as well
 
-train: $(VENV)/.core ## train the debug model: two minutes on two CPU cores
+train: $(VENV)/.core ## train the debug model: three minutes on two CPU cores
 	$(BIN) -m lumina_jax.train --config configs/debug.py --workdir runs/debug $(ARGS)
 
 test: $(VENV)/.dev ## run the tests; ARGS=tests/lumina runs some of them

@@ -177,8 +177,9 @@ def draw(outcomes: dict[str, Outcome], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for name, outcome in outcomes.items():
-        axes.plot(*zip(*outcome.curve, strict=True), marker="o", markersize=3, label=name)
+    for number, (name, outcome) in enumerate(outcomes.items()):
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        axes.plot(*zip(*outcome.curve, strict=True), marker="o", markersize=3, label=name, **style)
     axes.set(
         xlabel="training FLOPs",
         ylabel="held-out bits per byte, causal routing",
