@@ -270,8 +270,8 @@ MUTANTS = [
     Mutant(
         "counted again where layers are recomputed",
         "lumina_jax/model.py",
-        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)\n",
-        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs)\n"
+        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)\n",
+        "            x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)\n"
         "            metrics = jax.tree.map(lambda a: 2 * a, metrics) if remat else metrics\n",
         MODEL,
     ),
