@@ -45,7 +45,7 @@ class MoEConfig:
     num_groups: int = 1  # group-limited choice: the experts in this many equal groups,
     top_groups: int = 1  # of which a token chooses from the best so many only
     balance_over: str = "row"  # whose load the balance loss counts: row, micro_batch, or batch (of several: a third more work)
-    grouped_form: str = "auto"  # of the dropless matrix products: auto, blocks or ragged
+    grouped_form: str = "auto"  # of the dropless matrix products: auto; JAX: blocks, ragged; PyTorch: grouped_mm, loop
 
 
 @dataclass(unsafe_hash=True)
@@ -81,7 +81,7 @@ class ModelConfig:
     norm_eps: float = 1e-6  # inside the root of RMSNorm
     dropout: float = 0.0  # training only: on each residual branch
     embedding_std: float = 0.02  # of the embedding's normal initialiser; matrices take 1 / sqrt(fan in)
-    attention_form: str = "auto"  # of the inner attention: auto, chunked, reference or splash
+    attention_form: str = "auto"  # of the inner attention: auto, reference; JAX: chunked, splash; PyTorch: sdpa, flash
     moe: MoEConfig = field(default_factory=MoEConfig)
     mod: MoDConfig = field(default_factory=MoDConfig)
 
@@ -124,7 +124,7 @@ class TrainConfig:
     batch_size: int = 32  # B: rows an optimizer step, over all micro-batches
     micro_batches: int = 1  # the batch is computed in this many equal parts
     seed: int = 0  # of initialisation, shuffling, dropout and samples
-    compute_dtype: str = "float32"  # float32 or bfloat16; parameters and optimizer stay float32
+    compute_dtype: str = "float32"  # float32, bfloat16 or (PyTorch) float16; parameters and optimizer stay float32
     remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
     eval_every: int = 200  # steps; 0 evaluates at the end only
     eval_rows: int = 0  # held-out rows an evaluation reads; 0 is all of them
@@ -149,6 +149,8 @@ class CheckpointConfig:
     backup_every: int = 1  # a backup after every n-th checkpoint
     backup_keep: int = 2  # newest backups kept
     backup_encrypt: bool = False  # with the passphrase in $LUMINA_BACKUP_PASSPHRASE
+    init_from: str = ""  # a run of either backend, or a directory of `lumina export` or `import`, that a new run begins from
+    init_part: str = "state"  # of it: state (goes on at its step, with its optimizer) or weights (step 0, a fresh optimizer)
 
 
 @dataclass
@@ -175,6 +177,30 @@ class MonitorConfig:
 
 
 @dataclass
+class DeepSpeedConfig:
+    """How PyTorch's processes share a model; on CUDA, or on CPU with gloo."""
+
+    zero_stage: str = "off"  # off, auto, or what the processes split: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights
+    offload_optimizer: str = "none"  # where the optimizer's state lives besides the device: none, cpu or nvme
+    offload_parameters: str = "none"  # stage 3: where the weights live: none, cpu or nvme
+    nvme_path: str = ""  # directory on a fast disk, for nvme
+    bucket_size: int = 500_000_000  # elements that are reduced or gathered at once
+    overlap: bool = True  # reduce gradients while the backward pass goes on
+    partition_activations: bool = False  # with train.remat: what is kept of each layer is spread over the processes
+
+
+@dataclass
+class TorchConfig:
+    """What only lumina_torch reads."""
+
+    device: str = "auto"  # auto, cpu, cuda or mps
+    compile: bool = False  # torch.compile of each layer
+    loss_scale: float = 65536.0  # float16: the first loss scale; halved by an overflow
+    loss_scale_window: int = 2000  # float16: steps without overflow before it doubles
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+
+@dataclass
 class Config:
     """Everything that decides a run."""
 
@@ -186,6 +212,7 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    torch: TorchConfig = field(default_factory=TorchConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- validation
@@ -239,6 +266,7 @@ def validate(config: Config) -> Config:
     """Return `config`, or raise a ConfigError that names the field, its value and what would be right."""
     _check_types(config, "")
     m, moe, mod, d, o, t = config.model, config.model.moe, config.model.mod, config.data, config.optim, config.train
+    zero = config.torch.deepspeed
     at_least_1 = {
         "model": (m, "vocab_size d_model num_layers num_heads num_kv_heads head_dim d_ff"),
         "model.moe": (moe, "num_experts top_k num_groups top_groups"),
@@ -247,6 +275,8 @@ def validate(config: Config) -> Config:
         "train": (t, "steps batch_size micro_batches"),
         "checkpoint": (config.checkpoint, "every backup_every backup_keep"),
         "guard": (config.guard, "max_skips"),
+        "torch": (config.torch, "loss_scale loss_scale_window"),
+        "torch.deepspeed": (zero, "bucket_size"),
         "monitor": (config.monitor, "log_every sample_tokens"),
     }
     at_least_0 = {
@@ -274,15 +304,20 @@ def validate(config: Config) -> Config:
             _require(getattr(part, name) > 0, f"{prefix}.{name}", getattr(part, name), "must be above 0")
     for prefix, part, name, choices in (
         ("model", m, "activation", ("swiglu", "geglu")),
-        ("model", m, "attention_form", ("auto", "chunked", "reference", "splash")),
+        ("model", m, "attention_form", ("auto", "reference", "chunked", "splash", "sdpa", "flash")),
         ("model.moe", moe, "score", ("softmax", "sigmoid")),
         ("model.moe", moe, "dispatch", ("capacity", "dropless")),
         ("model.moe", moe, "balance_over", ("row", "micro_batch", "batch")),
-        ("model.moe", moe, "grouped_form", ("auto", "blocks", "ragged")),
+        ("model.moe", moe, "grouped_form", ("auto", "blocks", "ragged", "grouped_mm", "loop")),
         ("model.mod", mod, "scope", ("ffn", "block")),
         ("model.mod", mod, "router", ("learned", "random")),
         ("optim", o, "schedule", SCHEDULES),
-        ("train", t, "compute_dtype", ("float32", "bfloat16")),
+        ("train", t, "compute_dtype", ("float32", "bfloat16", "float16")),
+        ("checkpoint", config.checkpoint, "init_part", ("state", "weights")),
+        ("torch", config.torch, "device", ("auto", "cpu", "cuda", "mps")),
+        ("torch.deepspeed", zero, "zero_stage", ("off", "auto", "0", "1", "2", "3")),
+        ("torch.deepspeed", zero, "offload_optimizer", ("none", "cpu", "nvme")),
+        ("torch.deepspeed", zero, "offload_parameters", ("none", "cpu", "nvme")),
         ("guard", config.guard, "spike_action", ("skip", "rewind")),
     ):
         value = getattr(part, name)
@@ -357,6 +392,15 @@ def validate(config: Config) -> Config:
         True,
         "needs checkpoint.backup_dir, the place for backups",
     )
+    for name in ("offload_optimizer", "offload_parameters"):
+        value, stages = getattr(zero, name), ("1", "2", "3", "auto") if name == "offload_optimizer" else ("3", "auto")
+        _require(
+            value == "none" or zero.zero_stage in stages,
+            f"torch.deepspeed.{name}",
+            value,
+            f"needs torch.deepspeed.zero_stage = {' or '.join(stages)}",
+        )
+        _require(value != "nvme" or bool(zero.nvme_path), f"torch.deepspeed.{name}", value, "needs torch.deepspeed.nvme_path")
     _require(config.guard.hang_seconds <= 1e6, "guard.hang_seconds", config.guard.hang_seconds, "must be at most 1e6; 0 is off")
     _require(config.guard.spike_window >= 2, "guard.spike_window", config.guard.spike_window, "must be at least 2")
     for name in ("min_ratio", "decay_fraction"):

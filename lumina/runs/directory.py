@@ -30,6 +30,9 @@ MAY_CHANGE = (
     "monitor.",
     "data.cache_dir",
     "data.workers",
+    "torch.device",
+    "torch.compile",
+    "torch.deepspeed.",
 )
 ACCEPT = "--accept-changes"
 

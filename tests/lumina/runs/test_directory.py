@@ -29,6 +29,8 @@ FREE = {
     "checkpoint.backup_every",
     "checkpoint.backup_keep",
     "checkpoint.backup_encrypt",
+    "checkpoint.init_from",
+    "checkpoint.init_part",
     "guard.max_skips",
     "guard.max_rewinds",
     "guard.hang_seconds",
@@ -39,6 +41,10 @@ FREE = {
     "monitor.tensorboard",
     "data.cache_dir",
     "data.workers",
+    "torch.device",
+    "torch.compile",
+    *(f"torch.deepspeed.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")),
+    *(f"torch.deepspeed.{name}" for name in ("bucket_size", "overlap", "partition_activations")),
 }
 
 
