@@ -94,7 +94,7 @@ def test_overrides_take_every_type():
         ("--config.model.moe.top_groups=0", "model.moe.top_groups = 0: must be at least 1"),
         ("--config.model.moe.top_groups=2", "model.moe.top_groups = 2: must be at most 1, the num_groups"),
         ("--config.model.moe.balance_over=rows", "model.moe.balance_over = 'rows': must be one of row, micro_batch, batch"),
-        ("--config.model.moe.grouped_form=block", "model.moe.grouped_form = 'block': must be one of auto, blocks, ragged"),
+        ("--config.model.moe.grouped_form=block", "model.moe.grouped_form = 'block': must be one of auto, blocks, ragged, grouped_mm, loop"),
         ("--config.model.moe.renormalise=perhaps", "model.moe.renormalise=perhaps"),
         ("--config.model.mod.scope=layer", "model.mod.scope = 'layer': must be one of ffn, block"),
         (
@@ -109,7 +109,7 @@ def test_overrides_take_every_type():
         ("--config.optim.warmup_steps=1000", "below train.steps = 1000"),
         ("--config.train.micro_batches=5", "multiple of train.micro_batches = 5"),
         ("--config.train.seed=-1", "at least 0"),
-        ("--config.train.compute_dtype=float16", "float32, bfloat16"),
+        ("--config.train.compute_dtype=float8", "float32, bfloat16, float16"),
         ("--config.data.sequence_length=1", "at least 2"),
         ("--config.data.held_out=1", "between 0 and 1"),
         ("--config.data.workers=-1", "data.workers = -1: must be at least 0"),
