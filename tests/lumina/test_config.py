@@ -94,7 +94,10 @@ def test_overrides_take_every_type():
         ("--config.model.moe.top_groups=0", "model.moe.top_groups = 0: must be at least 1"),
         ("--config.model.moe.top_groups=2", "model.moe.top_groups = 2: must be at most 1, the num_groups"),
         ("--config.model.moe.balance_over=rows", "model.moe.balance_over = 'rows': must be one of row, micro_batch, batch"),
-        ("--config.model.moe.grouped_form=block", "model.moe.grouped_form = 'block': must be one of auto, blocks, ragged, grouped_mm, loop"),
+        (
+            "--config.model.moe.grouped_form=block",
+            "grouped_form = 'block': must be one of auto, blocks, ragged, grouped_mm, loop",
+        ),
         ("--config.model.moe.renormalise=perhaps", "model.moe.renormalise=perhaps"),
         ("--config.model.mod.scope=layer", "model.mod.scope = 'layer': must be one of ffn, block"),
         (
