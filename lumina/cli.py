@@ -150,8 +150,9 @@ def _sample(arguments: argparse.Namespace) -> None:
     for flag, value in (("--samples", arguments.samples), ("--max-tokens", arguments.max_tokens)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} = {value}: must be at least 1")
+    from lumina.generation import Sampling
     from lumina.runs.console import printable
-    from lumina_jax.generate import Sampling, load_generator
+    from lumina_jax.generate import load_generator
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: getattr(arguments, name) for name in names}

@@ -20,13 +20,14 @@ from lumina.config import Config, ModelConfig, load
 from lumina.data import TokenStream, prepare
 from lumina.data.rows import Batches, Rows, segments_and_positions
 from lumina.errors import DataError, UsageError
+from lumina.generation import Sampling
 from lumina.runs.certificate import FORMAT, Passes, verdict
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
 from lumina.runs.ranks import foretold, in_top, standard_error
 from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_jax.device import describe
-from lumina_jax.generate import Generator, Sampling
+from lumina_jax.generate import Generator
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import CAUSAL, Mode, Variables
 from lumina_jax.passes import TOLERANCE, Comparison, Forward, is_real, padded, settled

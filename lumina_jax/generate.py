@@ -4,7 +4,6 @@ B rows (one here), T positions, S length of the cache, D model width, V vocabula
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,36 +13,13 @@ import numpy as np
 from flax import nnx
 
 from lumina.config import Config, load
-from lumina.errors import UsageError
+from lumina.generation import Sampling, TextGenerator
 from lumina.runs.directory import RunDirectory
-from lumina.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_jax.attention import at_least_float32
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables, fit_caches, make_caches, merge, routed_caches
 from lumina_jax.step import state_shapes
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn from the logits."""
-
-    temperature: float = 0.8  # 0 takes the most likely token
-    top_k: int = 0  # keep the k most likely; 0 keeps all
-    top_p: float = 1.0  # keep the most likely until their probability reaches this
-    min_p: float = 0.0  # keep those at least this share as likely as the most likely
-    repetition_penalty: float = 1.0  # divide (or multiply, where negative) the logits of tokens in the context
-    seed: int = 0
-
-    def __post_init__(self):
-        for name, holds, right in (
-            ("temperature", self.temperature >= 0, "must be at least 0"),
-            ("top_k", self.top_k >= 0, "must be at least 0; 0 keeps all"),
-            ("top_p", 0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            ("min_p", 0 <= self.min_p <= 1, "must be from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "must be above 0; 1 is off"),
-        ):
-            if not holds:
-                raise UsageError(f"{name} = {getattr(self, name)}: {right}")
 
 
 class Knobs(NamedTuple):
@@ -81,19 +57,14 @@ def bucket(length: int, least: int = 16) -> int:
     return max(least, 1 << (length - 1).bit_length())
 
 
-class Generator:
+class Generator(TextGenerator):
     """Holds a model and its compiled prefill and decode."""
 
     def __init__(self, config: Config, graphdef: nnx.GraphDef, variables: Variables, tokenizer: Tokenizer):
-        self.config, self.variables, self.tokenizer = config, variables, tokenizer
-        self.context = config.data.sequence_length
+        super().__init__(config, tokenizer)
+        self.variables = variables
         self.dtype = jnp.dtype(config.train.compute_dtype)
-        self.end = tokenizer.control["<|document_end|>"]
-        allowed = np.zeros(config.model.vocab_size, bool)
-        allowed[: tokenizer.vocab_size] = True
-        allowed[list(tokenizer.control.values())] = False
-        allowed[self.end] = True
-        allowed_V = jnp.asarray(allowed)
+        allowed_V = jnp.asarray(self.allowed_V)
 
         def forward(variables, tokens_1T, caches, start, last):
             """The tokens up to number `last` of these, the first at position `start`; what follows them is filling."""
@@ -132,20 +103,9 @@ class Generator:
         self._prefill = jax.jit(prefill, donate_argnames=("caches", "seen_V"))
         self._decode = jax.jit(decode, donate_argnames=("caches", "seen_V"))
 
-    def tokens(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
-        """Yield up to `max_tokens` ids that follow `prompt`, the document end, if it comes, as the last one.
-
-        An empty prompt begins a new document: its first token is drawn after a document end, which later tokens do not see,
-        as in training. Raises UsageError when prompt and new tokens exceed the sequence length the model was trained on.
-        """
-        if len(prompt) + max_tokens > self.context:
-            raise UsageError(
-                f"{len(prompt)} prompt tokens and {max_tokens} new ones exceed the {self.context} positions that the model was "
-                f"trained on; at most {max(0, self.context - len(prompt))} new ones fit"
-            )
-        if max_tokens < 1:
-            return
+    def _continue(self, prompt: Sequence[int], count: int, sampling: Sampling, first: bool) -> Iterator[int]:
         key = jax.random.key(sampling.seed)
+        key = jax.random.fold_in(key, 0) if first else key
         knobs = Knobs(
             float(sampling.temperature),
             sampling.top_k,
@@ -153,17 +113,11 @@ class Generator:
             float(sampling.min_p),
             float(sampling.repetition_penalty),
         )
-        if not prompt:
-            (first, _), _, _ = self._start([self.end], 16, knobs, jax.random.fold_in(key, 0))
-            yield int(first)
-            if int(first) == self.end or max_tokens == 1:
-                return
-            prompt, max_tokens = [int(first)], max_tokens - 1
-        (token, fullest), caches, seen_V = self._start(prompt, bucket(len(prompt) + max_tokens), knobs, key)
+        (token, fullest), caches, seen_V = self._start(prompt, bucket(len(prompt) + count), knobs, key)
         places = 0
-        for index in range(len(prompt), len(prompt) + max_tokens):
+        for index in range(len(prompt), len(prompt) + count):
             yield int(token)
-            if int(token) == self.end or index == len(prompt) + max_tokens - 1:
+            if index == len(prompt) + count - 1:
                 return
             if int(fullest) + 1 > places:
                 places = bucket(int(fullest) + 1)
@@ -179,29 +133,6 @@ class Generator:
         caches = make_caches(self.config.model, 1, max(cache_length, T), self.dtype)
         return self._prefill(self.variables, tokens_1T, len(prompt), caches, jnp.asarray(seen_V), knobs, key)
 
-    def room(self, prompt: str) -> int:
-        """How many tokens may follow `prompt`."""
-        return max(0, self.context - len(self.tokenizer.encode(prompt)))
-
-    def text(self, prompt: str, max_tokens: int, sampling: Sampling, stop: Sequence[str] = ()) -> Iterator[str]:
-        """Yield the continuation of `prompt` in whole characters, ending before the first of the `stop` strings."""
-        decoder = StreamDecoder(self.tokenizer)
-        held = ""  # text that may be the beginning of a stop string
-        for token in self.tokens(self.tokenizer.encode(prompt), max_tokens, sampling):
-            if token == self.end:
-                break
-            held += decoder.feed(token)
-            cut, safe = _find_stop(held, stop)
-            if cut is not None:
-                yield held[:cut]
-                return
-            if safe:
-                yield held[:safe]
-                held = held[safe:]
-        held += decoder.flush()
-        cut, _ = _find_stop(held, stop)
-        yield held[:cut]
-
 
 def load_generator(run_directory: Path, best: bool = False) -> Generator:
     """The newest (or best) checkpoint of a run, ready to generate; needs no data.
@@ -216,12 +147,3 @@ def load_generator(run_directory: Path, best: bool = False) -> Generator:
     shapes, graphdef = state_shapes(config)
     state, _ = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
     return Generator(config, graphdef, state.variables, load_tokenizer(str(run.tokenizer)))
-
-
-def _find_stop(text: str, stop: Sequence[str]) -> tuple[int | None, int]:
-    """Where the first stop string begins, if one is there, and up to where the text can no longer belong to one."""
-    found = [text.find(s) for s in stop if s in text]
-    if found:
-        return min(found), min(found)
-    pending = [n for s in stop for n in range(1, len(s)) if text.endswith(s[:n])]
-    return None, len(text) - max(pending, default=0)

@@ -13,6 +13,7 @@ from flax import nnx
 from lumina.architecture import capacity
 from lumina.config import ModelConfig
 from lumina_jax.attention import at_least_float32
+from lumina_jax.digest import mix
 from lumina_jax.gather import inverse_index, take_rows
 
 
@@ -44,14 +45,27 @@ class Selection(NamedTuple):
                 jnp.any(self.taken_BT), lambda given: inner(*given), lambda given: (out, metrics, cache), given
             )
             gated_BTD = out_BTD * self.gate_BT[:, :, None].astype(out_BTD.dtype)
-            return jnp.where(self.taken_BT[:, :, None], gated_BTD, 0), metrics, cache
+            return jnp.where(self.taken_BT[:, :, None], gated_BTD, 0), self._of_row(metrics), cache
         with jax.named_scope("select"):
             x_BCD = take_rows(x_BTD, self.index_BC, self.slot_BT[:, :, None])
             selected = [jnp.take_along_axis(other_BT, self.index_BC, axis=1) for other_BT in others]
         out_BCD, metrics, cache = inner(x_BCD, *selected, None)
         with jax.named_scope("scatter"):
             gate_BC1 = jnp.take_along_axis(self.gate_BT, self.index_BC, axis=1)[:, :, None].astype(out_BCD.dtype)
-            return take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None]), metrics, cache
+            out_BTD = take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None])
+        return out_BTD, self._of_row(metrics), cache
+
+    def _of_row(self, metrics: Any) -> Any:
+        """What the tokens that take the layer tell, in the row's places: experts_BTk is -1 and margin_BT 0 for the others."""
+        if "experts_BTk" not in metrics:
+            return metrics
+        experts_BTk, margin_BT = metrics["experts_BTk"], metrics["margin_BT"]
+        if self.slot_BT is not None:
+            place_BT = jnp.maximum(self.slot_BT, 0)
+            experts_BTk = jnp.take_along_axis(experts_BTk, place_BT[:, :, None], axis=1)
+            margin_BT = jnp.take_along_axis(margin_BT, place_BT, axis=1)
+        experts_BTk = jnp.where(self.taken_BT[:, :, None], experts_BTk, -1)
+        return metrics | {"experts_BTk": experts_BTk, "margin_BT": jnp.where(self.taken_BT, margin_BT, 0)}
 
 
 class Predictor(nnx.Module):
@@ -87,7 +101,7 @@ class MoD(nnx.Module):
         router, bias = self.router.astype(wide_BTD.dtype), self.bias.astype(wide_BTD.dtype)
         logit_BT = wide_BTD @ router + bias
         if self.mod.router == "random":
-            wish_BT = causal_BT = self.mod.capacity - _uniform(positions_BT, layer)
+            wish_BT = causal_BT = self.mod.capacity - uniform(positions_BT, layer)
         else:
             wish_BT = logit_BT
             # What decides learns the membership from z as it finds it: that gradient goes to the router alone.
@@ -111,9 +125,9 @@ class MoD(nnx.Module):
         return selection, metrics
 
 
-def _uniform(positions_BT, layer):
-    """A number from 0 to 1 for each token, by its layer and position alone: the same in training and generation."""
-    key = jax.random.fold_in(jax.random.key(0), layer)
-    return jax.vmap(jax.vmap(lambda position: jax.random.uniform(jax.random.fold_in(key, position), dtype=jnp.float32)))(
-        positions_BT
+def uniform(positions_BT, layer):
+    """A number from 0 to 1 for each token, by its layer and position alone: the same in training, generation and PyTorch."""
+    words = positions_BT.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.asarray(layer + 1, jnp.uint32) * jnp.uint32(
+        0x85EBCA6B
     )
+    return (mix(words) >> 8).astype(jnp.float32) / 2**24

@@ -38,6 +38,7 @@ class Mode(NamedTuple):
 
     training: bool = False  # MoE drops beyond its capacity; jitter and dropout draw
     top: bool = False  # MoD selects the top of each row, which sees the future: in training, and as control in a certificate
+    tell: bool = False  # experts' metrics have what each token chose, and how nearly it chose another
 
 
 TRAINING, CAUSAL = Mode(training=True, top=True), Mode()
@@ -70,7 +71,9 @@ class Block(nnx.Module):
                 return self._drop(mixed, mode, keys[0]), after
 
         def feedforward(z, taken):
-            out, metrics = self.moe(z, mode.training, keys[1], taken) if hasattr(self, "moe") else (self.feedforward(z), {})
+            out, metrics = (
+                self.moe(z, mode.training, keys[1], taken, mode.tell) if hasattr(self, "moe") else (self.feedforward(z), {})
+            )
             return self._drop(out, mode, keys[2]), metrics
 
         def both(x, segments, positions, taken):

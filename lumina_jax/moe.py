@@ -51,6 +51,24 @@ def route(moe: MoEConfig, logits_BTA, bias_A):
     return experts_BTk, gates_BTk * moe.route_scale, scores_BTA
 
 
+def margin(moe: MoEConfig, preference_BTA):
+    """By what share of its own preference the last alternative chosen is ahead of the next one, or its group of the next."""
+
+    def ahead(value_BTN, count: int):
+        if count >= value_BTN.shape[-1]:
+            return jnp.full(value_BTN.shape[:-1], jnp.inf, value_BTN.dtype)
+        best_BTN, _ = jax.lax.top_k(value_BTN, count + 1)
+        last_BT, next_BT = best_BTN[..., count - 1], best_BTN[..., count]
+        return (last_BT - next_BT) / jnp.maximum(jnp.abs(last_BT), jnp.finfo(last_BT.dtype).tiny)
+
+    within_BT = ahead(in_best_groups(moe, preference_BTA), moe.top_k)
+    if moe.num_groups == 1:
+        return within_BT
+    grouped = preference_BTA.reshape(*preference_BTA.shape[:-1], moe.num_groups, -1)
+    best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
+    return jnp.minimum(within_BT, ahead(jnp.sum(best_two, axis=-1), moe.top_groups))
+
+
 def assign_slots(experts_BTk, num_experts: int, capacity: int):
     """The slot, expert * C + place, of each choice [B, T, k], and -1 where the expert is full or there is none.
 
@@ -118,12 +136,12 @@ class MoE(nnx.Module):
             self.shared = FeedForward("moe.shared", model.activation, param)
         self.model = model
 
-    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None):
+    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None, tell: bool = False):
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
 
         Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
         Metrics: load_BA (choices, int32) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform),
-        and dropped (share of choices).
+        and dropped (share of choices); where asked to tell, experts_BTk and margin_BT (see `margin`).
         """
         moe, activation = self.model.moe, self.model.activation
         alternatives = moe.num_experts + moe.noop_experts
@@ -137,6 +155,9 @@ class MoE(nnx.Module):
                 z_BTD = z_BTD * jax.vmap(noise)(key_B)
             logits_BTA = z_BTD @ self.router.astype(z_BTD.dtype)
             experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.astype(z_BTD.dtype))
+            told = {}
+            if tell:
+                told = {"experts_BTk": experts_BTk, "margin_BT": margin(moe, scores_BTA + self.bias.astype(z_BTD.dtype))}
             if taken_BT is not None:
                 experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, alternatives)
         weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])
@@ -156,4 +177,4 @@ class MoE(nnx.Module):
             "entropy": jnp.mean(jax.lax.stop_gradient(entropy_BT)) / max(math.log(alternatives), 1e-30),
             "dropped": jnp.mean(1.0 - kept_BTk.astype(jnp.float32)),
         }
-        return out_BTD, metrics
+        return out_BTD, metrics | told

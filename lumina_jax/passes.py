@@ -15,15 +15,11 @@ import numpy as np
 from flax import nnx
 
 from lumina.architecture import LOGIT_CHUNK, layer_kinds
-from lumina.config import MoEConfig
 from lumina.runs.certificate import Passes
 from lumina_jax.attend import choose_attention
-from lumina_jax.attention import at_least_float32
 from lumina_jax.generate import bucket
 from lumina_jax.loss import cross_entropy
-from lumina_jax.model import Mode, Transformer, Variables, make_caches, merge
-from lumina_jax.moe import in_best_groups, route
-from lumina_jax.routing import Choices, telling
+from lumina_jax.model import Mode, Variables, make_caches, merge
 
 # Two programs of one model may add up the same numbers in another order. Measured on CPU, prefixes moved logits in float32 by
 # nothing (debug), 3e-7 of the largest (2 layers of width 16) and 1e-6 (6 of width 512), in float64 by 3e-16. A model so deep
@@ -33,47 +29,6 @@ NEAR = 1e-4  # what float32 is forgiven at most, in logits before any choice dif
 
 
 # ------------------------------------------------------------------------------------------------------------ passes
-
-
-class Margins(nnx.Module):
-    """A layer's experts, and in the metrics `experts_BTk` and `margin_BT`, see `margin`."""
-
-    def __init__(self, choices: Choices):
-        self.choices = choices
-
-    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None):
-        out_BTD, metrics = self.choices(x_BTD, training, key_B, taken_BT)
-        experts, z_BTD = self.choices.moe, at_least_float32(x_BTD)
-        bias_A = experts.bias.astype(z_BTD.dtype)
-        _, _, scores_BTA = route(experts.model.moe, z_BTD @ experts.router.astype(z_BTD.dtype), bias_A)
-        return out_BTD, {**metrics, "margin_BT": margin(experts.model.moe, scores_BTA + bias_A)}
-
-
-def margin(moe: MoEConfig, preference_BTA):
-    """By what share of its own preference the last alternative chosen is ahead of the next one, or its group of the next."""
-
-    def ahead(value_BTN, count: int):
-        if count >= value_BTN.shape[-1]:
-            return jnp.full(value_BTN.shape[:-1], jnp.inf, value_BTN.dtype)
-        best_BTN, _ = jax.lax.top_k(value_BTN, count + 1)
-        last_BT, next_BT = best_BTN[..., count - 1], best_BTN[..., count]
-        return (last_BT - next_BT) / jnp.maximum(jnp.abs(last_BT), jnp.finfo(last_BT.dtype).tiny)
-
-    within_BT = ahead(in_best_groups(moe, preference_BTA), moe.top_k)
-    if moe.num_groups == 1:
-        return within_BT
-    grouped = preference_BTA.reshape(*preference_BTA.shape[:-1], moe.num_groups, -1)
-    best_two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
-    return jnp.minimum(within_BT, ahead(jnp.sum(best_two, axis=-1), moe.top_groups))
-
-
-def _telling(model: Transformer) -> Transformer:
-    """The model with `experts_BTk` and `margin_BT` among the metrics of its expert layers."""
-    for blocks in telling(model).segments:
-        for block in blocks:
-            if hasattr(block, "moe"):
-                block.moe = Margins(block.moe)  # type: ignore[assignment, arg-type]  # called in the same way
-    return model
 
 
 class Forward:
@@ -86,20 +41,19 @@ class Forward:
         self.lengths: set[int] = set()  # of rows, in the passes so far
 
         def hidden(variables, inputs_BT, segments_BT, positions_BT, mode):
-            model = merge(graphdef, variables)
-            if not mode.top:  # which may give experts the selected tokens alone
-                model = _telling(model)
+            model, mode = merge(graphdef, variables), mode._replace(tell=True)
             hidden_BTD, metrics, _ = model(inputs_BT, segments_BT, positions_BT, dtype=dtype, mode=mode)
             return hidden_BTD, self._told(metrics)
 
         def cached(variables, tokens_1t, caches, start, last):
             """As the generator computes: the tokens up to number `last` of these, the first at position `start`."""
             places_1t = jnp.arange(tokens_1t.shape[1])[None]
-            hidden_1tD, metrics, caches = _telling(merge(graphdef, variables))(
+            hidden_1tD, metrics, caches = merge(graphdef, variables)(
                 tokens_1t,
                 jnp.zeros_like(places_1t),
                 start + places_1t,
                 dtype=dtype,
+                mode=Mode(tell=True),
                 caches=caches,
                 written_BT=places_1t <= last,
             )
@@ -129,18 +83,11 @@ class Forward:
         of_depth, of_experts = metrics.get("mod", {}), metrics.get("moe", {})
         told: dict[str, Any] = {name: of_depth[name] for name in ("logit_BT", "taken_BT") if name in of_depth}
         told |= {name: of_experts[name] for name in ("experts_BTk", "margin_BT") if name in of_experts}
-        if "experts_BTk" in told and "taken_BT" in told:  # a layer that no token takes does not run, and tells zeros
-            depth = _numbers(self.kinds, "+mod")
-            always = jnp.ones(told["taken_BT"].shape[1:], bool)
-            taken_LBT = jnp.stack(
-                [told["taken_BT"][depth.index(i)] if i in depth else always for i in _numbers(self.kinds, "moe")]
-            )
-            told["experts_BTk"] = jnp.where(taken_LBT[..., None], told["experts_BTk"], -1)
         return told
 
     def hidden(self, batch: dict[str, np.ndarray], mode: Mode) -> tuple[jax.Array, dict[str, np.ndarray]]:
         """Last hidden states [B, T, D], and what was chosen: logit_BT, taken_BT, experts_BTk and margin_BT, where there are
-        such layers, each with an axis over these first. Of experts only causal passes tell."""
+        such layers, each with an axis over these first."""
         self.lengths.add(batch["inputs"].shape[1])
         hidden_BTD, told = self._hidden(self.variables, batch["inputs"], batch["segments"], batch["positions"], mode=mode)
         told = jax.device_get(told)

@@ -11,42 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lumina.architecture import layer_kinds
 from lumina.config import Config
 from lumina.data import Corpus
 from lumina.data.rows import Rows, segments_and_positions
 from lumina.runs.directory import RunDirectory
 from lumina.runs.routing_text import HeldOut
-from lumina_jax.attention import at_least_float32
 from lumina_jax.mesh import one_device, shaped_whole
-from lumina_jax.model import CAUSAL, Transformer, Variables, merge
-from lumina_jax.moe import MoE, route
+from lumina_jax.model import Mode, Variables, merge
 from lumina_jax.step import state_shapes
 
-
-class Choices(nnx.Module):
-    """A layer's experts, and in the metrics `experts_BTk`: what each token chose, -1 where it skips the layer."""
-
-    def __init__(self, moe: MoE):
-        self.moe = moe
-
-    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None):
-        out_BTD, metrics = self.moe(x_BTD, training, key_B, taken_BT)
-        z_BTD = at_least_float32(x_BTD)
-        logits_BTA = z_BTD @ self.moe.router.astype(z_BTD.dtype)
-        experts_BTk, _, _ = route(self.moe.model.moe, logits_BTA, self.moe.bias.astype(z_BTD.dtype))
-        if taken_BT is not None:
-            experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, -1)
-        return out_BTD, {**metrics, "experts_BTk": experts_BTk}
-
-
-def telling(model: Transformer) -> Transformer:
-    """The model with `experts_BTk` among the metrics of its expert layers."""
-    for blocks in model.segments:
-        for block in blocks:
-            if hasattr(block, "moe"):
-                block.moe = Choices(block.moe)  # type: ignore[assignment]  # called in the same way
-    return model
+TELLING = Mode(tell=True)
 
 
 def decisions(
@@ -59,7 +33,7 @@ def decisions(
 
     @jax.jit
     def forward(variables: Variables, *rows_BT: Any) -> tuple[Any, Any]:
-        _, metrics, _ = telling(merge(graphdef, variables))(*rows_BT, dtype=dtype, mode=CAUSAL)
+        _, metrics, _ = merge(graphdef, variables)(*rows_BT, dtype=dtype, mode=TELLING)
         experts_LBTk = metrics["moe"]["experts_BTk"] if "moe" in metrics else jnp.zeros((0, *rows_BT[0].shape, 1), jnp.int32)
         taken_LBT = metrics["mod"]["taken_BT"] if "mod" in metrics else jnp.zeros((0, *rows_BT[0].shape), bool)
         return experts_LBTk, taken_LBT
@@ -72,19 +46,7 @@ def decisions(
         )
         found.append((experts_LBTk[:, : R - start], taken_LBT[:, : R - start]))
     experts_LRTk, taken_LRT = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-    return HeldOut(step, tokens_RT, _where_taken(config, experts_LRTk, taken_LRT), taken_LRT)
-
-
-def _where_taken(config: Config, experts_LRTk: np.ndarray, taken_LRT: np.ndarray) -> np.ndarray:
-    """-1 for what no row of a batch takes: then a layer does not run, and its metrics are zeros."""
-    kinds = layer_kinds(config.model)
-    of_experts = [i for i, kind in enumerate(kinds) if kind.startswith("moe")]
-    of_depth = [i for i, kind in enumerate(kinds) if kind.endswith("+mod")]
-    experts_LRTk = experts_LRTk.copy()
-    for place, layer in enumerate(of_experts):
-        if layer in of_depth:
-            experts_LRTk[place][~taken_LRT[of_depth.index(layer)]] = -1
-    return experts_LRTk
+    return HeldOut(step, tokens_RT, experts_LRTk, taken_LRT)
 
 
 def look(run: RunDirectory, config: Config, corpus: Corpus, rows: int, best: bool) -> HeldOut:

@@ -63,13 +63,14 @@ def _train_and_evaluate(config: Config, run: RunDirectory, accept_changes: bool,
     # ------------------------------------------------------------------------------- the model, new or where it stopped
     import jax  # from here on: a mistake above is told in the second that importing it would take
 
+    from lumina.generation import Sampling
     from lumina.runs import report
     from lumina.runs.loop import Backend, Loop
     from lumina_jax.allocator import keep_large_buffers
     from lumina_jax.checkpoint import Checkpoints
     from lumina_jax.device import chosen_forms, describe, matmul_peak
     from lumina_jax.evaluate import evaluate
-    from lumina_jax.generate import Generator, Sampling
+    from lumina_jax.generate import Generator
     from lumina_jax.mesh import agreed, join, make_mesh, own_copy, place_rows, require_same, shaped_whole, whole
     from lumina_jax.step import TrainState, controls, init_state, make_eval_step, make_train_step, state_shapes
 

@@ -52,7 +52,7 @@ class Selection(NamedTuple):
         out_BCD, metrics = inner(x_BCD, places.at(self.index_BC), None if fixed else self.index_BC >= 0)
         gate_BC1 = self.gate_BT.gather(1, self.index_BC.clamp(min=0))[:, :, None].to(out_BCD.dtype)
         out_BTD = take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None])
-        if metrics:  # by token of the row, as those of other layers
+        if "experts_BTk" in metrics:  # in the row's places, -1 and 0 for the others
             slot_BT1 = self.slot_BT[:, :, None]
             experts_BTk = metrics["experts_BTk"].gather(
                 1, slot_BT1.clamp(min=0).expand(-1, -1, metrics["experts_BTk"].shape[2])

@@ -32,6 +32,7 @@ class Mode(NamedTuple):
 
     training: bool = False  # MoE drops beyond its capacity; jitter and dropout draw
     top: bool = False  # MoD selects the top of each row, which sees the future: in training, and as control in a certificate
+    tell: bool = False  # experts' metrics have what each token chose, and how nearly it chose another
 
 
 TRAINING, CAUSAL = Mode(training=True, top=True), Mode()
@@ -72,7 +73,9 @@ class Block(nn.Module):
             return self._drop(mixed, mode, draw, "attention")
 
         def feedforward(z: Tensor, taken: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            out, metrics = self.moe(z, mode.training, draw, taken) if hasattr(self, "moe") else (self.feedforward(z), {})
+            out, metrics = (
+                self.moe(z, mode.training, draw, taken, mode.tell) if hasattr(self, "moe") else (self.feedforward(z), {})
+            )
             return self._drop(out, mode, draw, "feedforward"), metrics
 
         def both(x: Tensor, places: Places, taken: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -85,7 +88,7 @@ class Block(nn.Module):
             return mixed + out, metrics
 
         def idle(x: Tensor) -> dict[str, Tensor]:
-            return self.moe.idle(x) if hasattr(self, "moe") else {}
+            return self.moe.idle(x, mode.tell) if hasattr(self, "moe") else {}
 
         depth: dict[str, Tensor] = {}
         if hasattr(self, "mod") and self.routes_block:

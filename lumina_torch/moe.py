@@ -37,24 +37,37 @@ def in_best_groups(moe: MoEConfig, preference_BTA: Tensor) -> Tensor:
     return grouped_BTGa.masked_fill(~chosen_BTG[..., None], -torch.inf).flatten(-2)
 
 
-def route(moe: MoEConfig, logits_BTA: Tensor, bias_A: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Choose: returns (experts [B, T, k], gates [B, T, k], scores [B, T, A], margin [B, T]), floats in at least float32.
+def route(moe: MoEConfig, logits_BTA: Tensor, bias_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose: returns (experts [B, T, k], gates [B, T, k], scores [B, T, A]), floats in at least float32.
 
     Choice follows score + bias, ties to the lower expert; gates are the unbiased scores, renormalised over the chosen only
     when k > 1: at k = 1 that would make the gate constant and starve the router of gradient (Switch, section 2.1). Choices
-    of E and above do no work. The margin is what the last choice has over the first that was not chosen.
+    of E and above do no work.
     """
     logits_BTA = at_least_float32(logits_BTA) / moe.temperature
     scores_BTA = logits_BTA.softmax(dim=-1) if moe.score == "softmax" else logits_BTA.sigmoid()
-    preference_BTA = in_best_groups(moe, (scores_BTA + bias_A).detach())
-    best_BTK, order_BTK = top(preference_BTA, moe.top_k + 1)
-    experts_BTk = order_BTK[..., : moe.top_k]
+    _, experts_BTk = top(in_best_groups(moe, (scores_BTA + bias_A).detach()), moe.top_k)
     gates_BTk = scores_BTA.gather(-1, experts_BTk)
     if moe.renormalise and moe.top_k > 1:
         gates_BTk = gates_BTk / (gates_BTk.sum(dim=-1, keepdim=True) + 1e-20)  # sigmoids may all be 0
-    everything = best_BTK.shape[-1] == moe.top_k  # nothing was left out
-    margin_BT = torch.full_like(best_BTK[..., 0], torch.inf) if everything else best_BTK[..., -2] - best_BTK[..., -1]
-    return experts_BTk, gates_BTk * moe.route_scale, scores_BTA, margin_BT
+    return experts_BTk, gates_BTk * moe.route_scale, scores_BTA
+
+
+def margin(moe: MoEConfig, preference_BTA: Tensor) -> Tensor:
+    """By what share of its own preference the last alternative chosen is ahead of the next one, or its group of the next."""
+
+    def ahead(value_BTN: Tensor, count: int) -> Tensor:
+        if count >= value_BTN.shape[-1]:
+            return torch.full_like(value_BTN[..., 0], torch.inf)
+        best_BTN, _ = top(value_BTN, count + 1)
+        last_BT, next_BT = best_BTN[..., count - 1], best_BTN[..., count]
+        return (last_BT - next_BT) / last_BT.abs().clamp(min=torch.finfo(last_BT.dtype).tiny)
+
+    within_BT = ahead(in_best_groups(moe, preference_BTA), moe.top_k)
+    if moe.num_groups == 1:
+        return within_BT
+    best_two = top(preference_BTA.unflatten(-1, (moe.num_groups, -1)), 2)[0]
+    return torch.minimum(within_BT, ahead(best_two.sum(dim=-1), moe.top_groups))
 
 
 def assign_slots(experts_BTk: Tensor, num_experts: int, capacity: int) -> Tensor:
@@ -133,13 +146,13 @@ class MoE(nn.Module):
         self.model = model
 
     def forward(
-        self, x_BTD: Tensor, training: bool, draw: Draw | None = None, taken_BT: Tensor | None = None
+        self, x_BTD: Tensor, training: bool, draw: Draw | None = None, taken_BT: Tensor | None = None, tell: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
 
         Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
-        Metrics: load_BA (choices) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform), dropped
-        (share of choices), experts_BTk (what each token chose, -1 for those left out) and margin_BT (see `route`).
+        Metrics: load_BA (choices) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform) and
+        dropped (share of choices); where asked to tell, experts_BTk and margin_BT (see `margin`).
         """
         moe, activation = self.model.moe, self.model.activation
         alternatives = moe.num_experts + moe.noop_experts
@@ -147,7 +160,10 @@ class MoE(nn.Module):
         if training and moe.jitter and draw is not None:
             z_BTD = z_BTD * (1 - moe.jitter + 2 * moe.jitter * draw.uniform("jitter", z_BTD))
         logits_BTA = z_BTD @ self.router.to(z_BTD.dtype)
-        experts_BTk, gates_BTk, scores_BTA, margin_BT = route(moe, logits_BTA, self.bias.to(z_BTD.dtype))
+        experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.to(z_BTD.dtype))
+        told = {}
+        if tell:
+            told = {"experts_BTk": experts_BTk, "margin_BT": margin(moe, scores_BTA + self.bias.to(z_BTD.dtype))}
         if taken_BT is not None:
             experts_BTk = torch.where(taken_BT[:, :, None], experts_BTk, alternatives)
         weights = (self.experts.gate, self.experts.up, self.experts.down)
@@ -168,19 +184,20 @@ class MoE(nn.Module):
             "z_loss": (logits_BTA.logsumexp(dim=-1) ** 2).mean(),
             "entropy": entropy,
             "dropped": 1 - kept_BTk.float().mean(),
-            "experts_BTk": experts_BTk.masked_fill(experts_BTk == alternatives, -1),
-            "margin_BT": margin_BT,
         }
-        return out_BTD, metrics
+        return out_BTD, metrics | told
 
-    def idle(self, x_BTD: Tensor) -> dict[str, Tensor]:
+    def idle(self, x_BTD: Tensor, tell: bool) -> dict[str, Tensor]:
         """The metrics of a layer that no token takes."""
         B, T = x_BTD.shape[:2]
         A, zero = self.model.moe.num_experts + self.model.moe.noop_experts, at_least_float32(x_BTD.new_zeros(()))
-        return {
-            "load_BA": torch.zeros(B, A, dtype=torch.long, device=x_BTD.device),
-            "share_BA": zero.expand(B, A),
-            **dict.fromkeys(("z_loss", "entropy", "dropped"), zero),
+        told = {
             "experts_BTk": torch.full((B, T, self.model.moe.top_k), -1, device=x_BTD.device),
             "margin_BT": zero.expand(B, T),
         }
+        metrics = {
+            "load_BA": torch.zeros(B, A, dtype=torch.long, device=x_BTD.device),
+            "share_BA": zero.expand(B, A),
+            **dict.fromkeys(("z_loss", "entropy", "dropped"), zero),
+        }
+        return metrics | told if tell else metrics

@@ -200,10 +200,11 @@ def highest(logits_T, count):
 @functools.cache
 def draw(layer, position):
     """The number of random routing: the one thing here that cannot be told without its definition."""
-    import jax
 
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), layer), position)
-    return float(jax.random.uniform(key, dtype=np.float32))
+    x = (position * 0x9E3779B9 + (layer + 1) * 0x85EBCA6B) % 2**32
+    x = (x ^ x >> 16) * 0x85EBCA6B % 2**32
+    x = (x ^ x >> 13) * 0xC2B2AE35 % 2**32
+    return ((x ^ x >> 16) >> 8) / 2**24
 
 
 def depth(model, w, z_TD, positions_T, layer, top):

@@ -28,6 +28,7 @@ from lumina import cli
 from lumina.config import load
 from lumina.data.rows import Batches, Rows
 from lumina.errors import NOT_CAUSAL, CheckpointError, DataError, UsageError
+from lumina.generation import Sampling
 from lumina.runs.certificate import Passes
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
@@ -36,10 +37,11 @@ from lumina.tokenizer import train_bpe
 from lumina_jax import certify
 from lumina_jax.attend import Form, attend_chunk
 from lumina_jax.certify import TOP, Noise, noise_losses, prefixes, swaps
-from lumina_jax.generate import Generator, Sampling
+from lumina_jax.generate import Generator
 from lumina_jax.mod import MoD, select_top
 from lumina_jax.model import CAUSAL, Mode, Variables, merge
-from lumina_jax.passes import NEAR, Comparison, Forward, margin, padded, settled, why_final
+from lumina_jax.moe import margin
+from lumina_jax.passes import NEAR, Comparison, Forward, padded, settled, why_final
 from lumina_jax.step import init_state, state_shapes
 from lumina_jax.train import train_and_evaluate
 from tests.lumina_jax.tiny import T, V, tiny
@@ -520,14 +522,14 @@ def tie_of_depth(batch):
 def tie_of_experts(batch):
     """The model "experts" with the choice of the first layer for token 3 of row 0 within rounding of another."""
     config, graphdef, variables = untrained("experts")
-    kept, honest = [], lumina_jax.passes.margin
+    kept, honest = [], lumina_jax.moe.margin
 
     def watched(moe, preference_BTA):
         kept.append(preference_BTA)
         return honest(moe, preference_BTA)
 
     with pytest.MonkeyPatch.context() as patch, jax.disable_jit():
-        patch.setattr(lumina_jax.passes, "margin", watched)
+        patch.setattr(lumina_jax.moe, "margin", watched)
         of(untrained("experts")).hidden(batch, CAUSAL)
     preference = np.asarray(kept[0])[0, 3]
     order = np.argsort(-preference)
@@ -546,8 +548,7 @@ def test_a_near_tie_that_rounding_decides_is_forgiven(monkeypatch, held_out, mad
 
     wide, honest = lumina_jax.mod.at_least_float32, lumina_jax.moe.route
     monkeypatch.setattr(lumina_jax.mod, "at_least_float32", lambda x: rounded(wide(x)))
-    for module in (lumina_jax.moe, lumina_jax.routing, lumina_jax.passes):
-        monkeypatch.setattr(module, "route", lambda moe, logits, bias: honest(moe, rounded(logits), bias))
+    monkeypatch.setattr(lumina_jax.moe, "route", lambda moe, logits, bias: honest(moe, rounded(logits), bias))
     found = settled(partial(prefixes, batches=[batch], lengths=[8], mode=CAUSAL), of(subject))
     in_float32 = found["in_float32"]
     assert in_float32.get("flips", 0) + in_float32.get("expert_flips", 0) > 0

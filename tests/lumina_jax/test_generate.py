@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from lumina.errors import UsageError
+from lumina.generation import Sampling
 from lumina.tokenizer import train_bpe
-from lumina_jax.generate import Generator, Knobs, Sampling, bucket, filter_logits
+from lumina_jax.generate import Generator, Knobs, bucket, filter_logits
 from lumina_jax.model import Variables, merge
 from lumina_jax.step import init_state, state_shapes
 from tests.lumina_jax.oracles import assert_close

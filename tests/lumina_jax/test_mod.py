@@ -18,7 +18,7 @@ from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 
 B, T, D = 2, 7, 5
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3], [0, 1, 2, 3, 4, 0, 9]])
-LAYER = 3
+LAYER = 2
 
 
 def _normal(*shape, seed=0):

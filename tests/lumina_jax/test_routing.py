@@ -14,7 +14,7 @@ from lumina.data.rows import segments_and_positions
 from lumina.runs.directory import RunDirectory
 from lumina_jax import checkpoint
 from lumina_jax.model import CAUSAL, create, merge
-from lumina_jax.routing import decisions, look, telling
+from lumina_jax.routing import TELLING, decisions, look
 from lumina_jax.step import init_state
 from tests.lumina_jax.tiny import T, V, random_batch, tiny
 
@@ -118,7 +118,7 @@ def test_telling_changes_nothing_that_the_model_computes():
     graphdef, variables = create(config.model, 0)
     inputs = [batch[name] for name in ("inputs", "segments", "positions")]
     plain, _, _ = merge(graphdef, variables)(*inputs, dtype=np.float32, mode=CAUSAL)
-    told, _, _ = telling(merge(graphdef, variables))(*inputs, dtype=np.float32, mode=CAUSAL)
+    told, _, _ = merge(graphdef, variables)(*inputs, dtype=np.float32, mode=TELLING)
     assert np.array_equal(plain, told)
 
 
