@@ -1,0 +1,27 @@
+"""Held-out figures from sums over tokens: the arithmetic, whatever computed the sums."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def held_out_figures(totals: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of all batches, given each one's sums: loss (nats), correct, weight, text_bytes, and taken_L, an array.
+
+    Returns loss (nats a token), perplexity, bits_per_byte (of the text, so that tokenizers compare), accuracy (share of
+    tokens predicted), tokens and bytes counted, and for MoD the realised causal capacity by layer. Sums are over all
+    tokens: no mean of batch means.
+    """
+    totals = list(totals)
+    loss, correct, weight = (sum(float(t[name]) for t in totals) for name in ("loss", "correct", "weight"))
+    count = sum(int(t["text_bytes"]) for t in totals)
+    capacity = sum(t["taken_L"] for t in totals) / weight
+    return {
+        "loss": loss / weight,
+        "perplexity": math.exp(min(loss / weight, 700)),
+        "bits_per_byte": loss / math.log(2) / max(count, 1),
+        "accuracy": correct / weight,
+        "tokens": int(weight),
+        "bytes": count,
+        **({"mod_capacity": capacity.tolist()} if capacity.size else {}),
+    }
