@@ -15,8 +15,9 @@ from torch import Tensor
 from lumina.architecture import layer_kinds
 from lumina.config import Config, GuardConfig, ModelConfig
 from lumina_torch.device import place
+from lumina_torch.draw import Draw
 from lumina_torch.loss import cross_entropy
-from lumina_torch.model import CAUSAL, TRAINING, Draw, Mode, Transformer, create
+from lumina_torch.model import CAUSAL, TRAINING, Mode, Transformer, create
 from lumina_torch.moe import balance_loss
 from lumina_torch.optimizer import clip_factor, global_norm, gradients_of, make_optimizer, schedule, update
 
@@ -86,7 +87,8 @@ def compile_blocks(transformer: Transformer) -> None:
 
     The whole model is not compiled at once: its layers are alike, and one program serves those of a kind. Where a shape
     depends on data (dropless experts, causal depth routing, whose tokens are counted at run time) the program is cut, and
-    that part runs as without compiling. Caches of generation grow, so that a layer is compiled anew until PyTorch gives up and runs it as is.
+    that part runs as without compiling. Caches of generation grow, so that a layer is compiled anew until PyTorch gives up
+    and runs it as is.
     """
     for block in transformer.blocks:
         block.compile()
@@ -189,10 +191,10 @@ def make_gradients(
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def gradients(state: TrainState, batch: Batch, knobs: Controls) -> Metrics:
-        weight, row_B = batch["weights"].sum(), torch.arange(batch["inputs"].shape[0], device=device)
+        weight, rows = batch["weights"].sum(), range(batch["inputs"].shape[0])
         # Every M-th row: so a micro-batch has the same rows on any number of processes.
-        micros = [{name: rows[m::M] for name, rows in batch.items()} for m in range(M)]
-        draws = [Draw(config.train.seed, state.step, row_B[m::M]) if random else None for m in range(M)]
+        micros = [{name: array[m::M] for name, array in batch.items()} for m in range(M)]
+        draws = [Draw(config.train.seed, state.step, tuple(rows[m::M])) if random else None for m in range(M)]
         batch_load_LA = None
         if balance_over == "batch" and has_experts:  # known only when every row has been routed once
             with torch.no_grad():
@@ -244,7 +246,7 @@ def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None
             load_LBA = batch_load_LA[:, None]
         summary["moe"] = {
             "load_A": load_LA,
-            "balance_loss": balance_loss(load_LBA, share_LBA),
+            "balance_loss": balance_loss(load_LBA.to(share_LBA.dtype), share_LBA),  # counts would divide into float32
             **{name: experts[name] for name in ("z_loss", "entropy", "dropped")},
         }
     if "mod" in metrics:
