@@ -9,11 +9,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config
 from lumina.errors import ConfigError
+from lumina_torch.attend import choose_attention
+from lumina_torch.grouped import choose_grouped
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,6 @@ def chosen_forms(config: Config, policy: Policy) -> str:
 
     Raises ConfigError when one that is asked for cannot honour the request.
     """
-    from lumina_torch.attend import choose_attention
-    from lumina_torch.grouped import choose_grouped
-
     model, platform = config.model, policy.device.type
     dtype, length = config.train.compute_dtype, config.data.sequence_length
     attention, why = choose_attention(model.attention_form, platform, dtype, length)
@@ -113,7 +113,7 @@ def chosen_forms(config: Config, policy: Policy) -> str:
             if form != attention:
                 chosen += f", {form} among the {selected} tokens that take a block ({why})"
     if any(kind.startswith("moe") for kind in layer_kinds(model)):
-        grouped, why = choose_grouped(model.moe.grouped_form, platform)
+        grouped, why = choose_grouped(model.moe.grouped_form, platform, dtype)
         chosen += f"; dropless experts: {grouped} ({why})"
     return chosen
 
@@ -122,7 +122,8 @@ def place(batch: dict[str, Any], device: torch.device, pin_memory: bool = False)
     """A batch of numpy arrays or tensors on the device, integers as int64."""
 
     def placed(array: Any) -> torch.Tensor:
-        tensor = torch.as_tensor(array)
+        # A copy: rows may be read-only views, which PyTorch warns of.
+        tensor = array if isinstance(array, torch.Tensor) else torch.from_numpy(np.array(array))
         if not tensor.is_floating_point():
             tensor = tensor.to(torch.int64)
         if pin_memory and not tensor.is_cuda:
