@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lumina.architecture import capacity, depth_capacity_at, layer_kinds
+from lumina.architecture import layer_kinds
 from lumina.config import Config
 from lumina.errors import ConfigError
 from lumina_torch.attend import choose_attention
@@ -84,7 +84,7 @@ def be_exact(policy: Policy) -> None:
     if policy.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads what was not written
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
 def describe(policy: Policy) -> str:
@@ -103,15 +103,9 @@ def chosen_forms(config: Config, policy: Policy) -> str:
     Raises ConfigError when one that is asked for cannot honour the request.
     """
     model, platform = config.model, policy.device.type
-    dtype, length = config.train.compute_dtype, config.data.sequence_length
-    attention, why = choose_attention(model.attention_form, platform, dtype, length)
+    dtype = config.train.compute_dtype
+    attention, why = choose_attention(model.attention_form, platform, dtype, model.head_dim)
     chosen = f"attention: {attention} ({why})"
-    if model.mod.scope == "block" and any(kind.endswith("mod") for kind in layer_kinds(model)):
-        stages = {depth_capacity_at(model.mod, step) for step in (*range(model.mod.anneal_steps), model.mod.anneal_steps)}
-        for selected in sorted({capacity(length, share) for share in stages} - {length}):
-            form, why = choose_attention(model.attention_form, platform, dtype, selected)
-            if form != attention:
-                chosen += f", {form} among the {selected} tokens that take a block ({why})"
     if any(kind.startswith("moe") for kind in layer_kinds(model)):
         grouped, why = choose_grouped(model.moe.grouped_form, platform, dtype)
         chosen += f"; dropless experts: {grouped} ({why})"

@@ -49,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dhidden_ND, dhead_DV = ctx.saved_tensors
         scale = dloss / _lift(ctx.dtype)
         return (dhidden_ND * scale).to(ctx.dtype), (dhead_DV * scale).to(ctx.dtype), None, None

@@ -200,7 +200,8 @@ def make_gradients(
             with torch.no_grad():
                 loads = [hidden(state.transformer, *part)[1]["moe"]["load_BA"] for part in zip(micros, draws, strict=True)]
             batch_load_LA = torch.cat(loads, dim=1).sum(1)
-        scale, total = state.loss_scale.scale if state.loss_scale else 1.0, {}
+        scale = state.loss_scale.scale if state.loss_scale else 1.0
+        total: Metrics = {}
         for micro, draw in zip(micros, draws, strict=True):
             objective, metrics = micro_loss(state.transformer, micro, weight, knobs, draw, batch_load_LA)
             (objective * scale).backward()

@@ -7,8 +7,8 @@ import torch
 from lumina.config import load, override
 from lumina.errors import ConfigError
 from lumina_torch.device import (
-    chosen_forms,
     choose_device,
+    chosen_forms,
     decide,
     describe,
     fetch,
