@@ -207,7 +207,8 @@ def create(model: ModelConfig, seed: int, device: torch.device | str = "cpu") ->
         if tensor.std is None:
             named[tensor.name] = torch.full(tensor.shape, tensor.constant)
         else:
-            generator = torch.Generator().manual_seed(seed << 32 | zlib.crc32(tensor.name.encode()))
+            # The generator takes 32 bits and ignores the rest.
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {tensor.name}".encode()))
             named[tensor.name] = tensor.std * torch.randn(tensor.shape, generator=generator)
     load_state(transformer, named)
     return transformer
