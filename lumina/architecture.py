@@ -5,6 +5,7 @@ T positions, B rows, c the share of tokens that a Mixture-of-Depths layer works 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -70,6 +71,13 @@ def layer_plan(kinds: list[str]) -> list[Segment]:
                     break
                 repeats += 1
     return best[count][2]
+
+
+def canonical_names(plan: list[Segment], path: Sequence[str]) -> list[str]:
+    """The tensors in a leaf of a tree that stacks layers by segment, at a `path` such as segments, 0, 1, moe, router."""
+    if path[0] != "segments":
+        return [path[0] + ".weight" if len(path) == 1 else ".".join(path)]
+    return [f"blocks.{i}.{'.'.join(path[3:])}" for i in plan[int(path[1])].layers(int(path[2]))]
 
 
 # ------------------------------------------------------------------------------------------------ table of tensors

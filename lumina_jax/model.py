@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from lumina import architecture
 from lumina.architecture import Segment, Tensor, layer_kinds, layer_plan, tensor_table
 from lumina.config import ModelConfig
 from lumina_jax.attention import Attention, Cache, RMSNorm
@@ -273,9 +274,7 @@ def merge(graphdef: nnx.GraphDef, variables: Variables) -> Transformer:
 def canonical_names(plan: list[Segment], path: Any) -> list[str]:
     """The names of the tensors in the leaf at `path` of a params-shaped tree: one, or one for each repeat it stacks."""
     keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey | jax.tree_util.SequenceKey)]
-    if keys[0] != "segments":
-        return [keys[0] + ".weight" if len(keys) == 1 else ".".join(keys)]
-    return [f"blocks.{i}.{'.'.join(keys[3:])}" for i in plan[int(keys[1])].layers(int(keys[2]))]
+    return architecture.canonical_names(plan, keys)
 
 
 def by_canonical_name(model: ModelConfig, tree: nnx.State) -> dict[str, jax.Array]:

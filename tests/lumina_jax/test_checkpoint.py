@@ -12,10 +12,11 @@ import pytest
 
 from lumina.config import CheckpointConfig
 from lumina.errors import CheckpointError
+from lumina.runs.checkpoints import why
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
-from lumina_jax.checkpoint import Checkpoints, by_name, load, parameters_digest, why
+from lumina_jax.checkpoint import Checkpoints, by_name, load, parameters_digest
 from lumina_jax.digest import digests
 from lumina_jax.mesh import one_device, shaped_whole, whole
 from lumina_jax.step import init_state, state_shapes
