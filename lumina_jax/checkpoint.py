@@ -12,10 +12,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lumina.config import CheckpointConfig
+from lumina.config import CheckpointConfig, ModelConfig
 from lumina.errors import CheckpointError
+from lumina.interchange import state as interchange
+from lumina.interchange.orbax import to_leaves
 from lumina.runs import checkpoints
-from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find
+from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find, written_by
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps
 from lumina_jax.digest import digests
@@ -79,11 +81,33 @@ def load(run: RunDirectory, like: TrainState, best: bool = False) -> tuple[Train
     step = find(run, best)
     steps = Steps(run.checkpoints)
     directory, leaves = steps.directory(step), steps.manifest(step)["leaves"]
+    if written_by(directory) == "lumina_torch":
+        config, state, _ = interchange.load(run.path, step=step)
+        return from_state(config.model, state, like), step
     check_fits(directory, leaves, shapes_of(like))
     named = _read(directory, by_name(like))
     if wrong := changed(digests(named), leaves):
         raise CheckpointError(f"{directory}: damaged: {wrong[0]}")
     return jax.tree.unflatten(jax.tree.structure(like), named.values()), step
+
+
+def from_state(model: ModelConfig, state: interchange.State, like: Any) -> Any:
+    """The arrays of `state` as `like`, all of a TrainState or its variables, has them: stacked, with its shardings.
+
+    Raises CheckpointError for one of another shape or dtype.
+    """
+    leaves = by_name(like)
+    named = dict(to_leaves(model, vars(state), leaves))
+    scalars = {"step", "guard.skipped"} | {name for name in named if name.endswith(".count")}  # int32 here
+    named = {name: array.astype(leaves[name].dtype) if name in scalars else array for name, array in named.items()}
+    check_fits(
+        Path("checkpoint.init_from"), {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in named.items()}, shapes_of(like)
+    )
+
+    def placed(array: np.ndarray, leaf: Any) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return jax.tree.unflatten(jax.tree.structure(like), [placed(named[name], leaf) for name, leaf in leaves.items()])
 
 
 def by_name(state: Any) -> dict[str, Any]:

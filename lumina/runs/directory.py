@@ -66,12 +66,11 @@ class RunDirectory:
 
     def changes(self, config: Config) -> list[str]:
         """Fields in which `config` differs from that of the run, as `name: before -> now`, those that may change included."""
-        before, now = _flat(to_dict(self._saved_config() or config)), _flat(to_dict(config))
-        return [f"{name}: {before.get(name)!r} -> {now[name]!r}" for name in now if before.get(name) != now[name]]
+        return config_changes(self._saved_config() or config, config)
 
     def check_same_config(self, config: Config, accept: bool = False) -> None:
         """Refuse to go on with a run under a config that would make other numbers, naming each field, unless `accept`."""
-        changed = [change for change in self.changes(config) if not _may_change(change, config)]
+        changed = deciding(self.changes(config), config)
         if changed and not accept:
             raise ConfigError(
                 f"{self.path} holds a run of another config ({'; '.join(changed)}); choose another --workdir, "
@@ -153,6 +152,17 @@ def config_fingerprint(config: Config) -> str:
     """SHA-256 over the fields that decide a run's numbers."""
     deciding = {name: value for name, value in _flat(to_dict(config)).items() if not _may_change(name, config)}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+
+
+def config_changes(before: Config, now: Config) -> list[str]:
+    """Fields in which two configs differ, as `name: before -> now`."""
+    then, new = _flat(to_dict(before)), _flat(to_dict(now))
+    return [f"{name}: {then.get(name)!r} -> {new[name]!r}" for name in new if then.get(name) != new[name]]
+
+
+def deciding(changes: list[str], config: Config) -> list[str]:
+    """Those of `config_changes` that decide a run's numbers."""
+    return [change for change in changes if not _may_change(change, config)]
 
 
 def _may_change(name: str, config: Config) -> bool:

@@ -72,7 +72,7 @@ class Loop:
         self.batches = batches.following(self.step, self.progress.rows)
         self.log = MetricsLog(run, config.monitor, self.step, console.say) if backend.writes else None
         self.ledger = Journal(run.ledger, console.say, self.step) if backend.writes else None
-        if self.ledger and restored and self.ledger.position() != restored[1]["ledger"]:
+        if self.ledger and restored and self.ledger.position() != restored[1].get("ledger", self.ledger.position()):
             says = f"{run.ledger}: not as it was when step {self.step} was saved; kept as it is"
             events.write("ledger differs", self.step, says)
         self.reporter = Reporter(config, console, self.log, self.ledger, self.batches, peak, backend.fetch)

@@ -64,13 +64,7 @@ class Steps:
         Raises OSError where the disk fails, and leaves every older step as it was.
         """
         directory = self.writing(step)
-        files = {}
-        for path in _files(directory):
-            if path == directory / MANIFEST:  # of a commit that failed, and is tried again
-                continue
-            files[path.relative_to(directory).as_posix()] = _hash_and_sync(path)
-        body = {"format": FORMAT, "step": step, **manifest, "files": files}
-        _write_synced(directory / MANIFEST, json.dumps({"manifest": body, "sha256": _digest(body)}, indent=1) + "\n")
+        write_manifest(directory, {"step": step, **manifest})
         for parent in sorted({path for path in directory.rglob("*") if path.is_dir()}, reverse=True):
             sync_directory(parent)
         sync_directory(directory)
@@ -92,24 +86,7 @@ class Steps:
 
     def manifest(self, step: int) -> dict[str, Any]:
         """What was recorded of the step; raises CheckpointError when it is missing or changed, OSError where storage fails."""
-        path = self.directory(step) / MANIFEST
-        try:
-            _require_regular(path)
-            wrapped = json.loads(path.read_bytes())
-            body = wrapped["manifest"]
-            if wrapped["sha256"] != _digest(body):
-                raise ValueError("its own hash does not match")
-            if body["format"] != FORMAT or body["step"] != step:
-                raise ValueError(f"it is of step {body['step']}, format {body['format']}")
-            for name, entry in body["files"].items():
-                _require_inside(name)
-                if not {"bytes", "sha256"} <= entry.keys():
-                    raise ValueError(f"it has no size and hash of {name!r}")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            if isinstance(error, OSError) and error.errno not in DAMAGE:
-                raise
-            raise CheckpointError(f"{path}: not a manifest that can be trusted ({_short(error)})") from error
-        return body
+        return read_manifest(self.directory(step), step)
 
     def verify(self, step: int, contents: bool = True) -> list[str]:
         """What is wrong with the step, empty when nothing is: every file there, of its size and (`contents`) its hash.
@@ -122,23 +99,9 @@ class Steps:
         except CheckpointError as error:
             return [str(error).removeprefix(f"{directory}/")]
         found = {path.relative_to(directory).as_posix() for path in _files(directory)} - {MANIFEST}
-        wrong = [f"{name}: not in the manifest" for name in sorted(found - expected.keys())]
-        for name, entry in expected.items():
-            path = directory / name
-            try:
-                if name not in found:
-                    wrong.append(f"{name}: missing")
-                    continue
-                _require_regular(path)
-                if path.stat().st_size != entry["bytes"]:
-                    wrong.append(f"{name}: {path.stat().st_size} bytes, not {entry['bytes']}")
-                elif contents and _sha256(path) != entry["sha256"]:
-                    wrong.append(f"{name}: its contents changed")
-            except OSError as error:
-                if error.errno not in DAMAGE:
-                    raise
-                wrong.append(f"{name}: cannot be read ({error.strerror})")
-        return wrong
+        return [f"{name}: not in the manifest" for name in sorted(found - expected.keys())] + differing(
+            directory, expected, contents
+        )
 
     def set_aside(self, step: int) -> Path:
         """Rename a broken step out of the way, for a person to look at; nothing is deleted."""
@@ -189,6 +152,64 @@ class Steps:
             _delete(doomed)
             self.unpin(step)
             said(step)
+
+
+def write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
+    """Record the size and SHA-256 of each file in `directory` beside `manifest`, which has at least `step`; all is synced."""
+    files = {}
+    for path in _files(directory):
+        if path == directory / MANIFEST:  # of a commit that failed, and is tried again
+            continue
+        files[path.relative_to(directory).as_posix()] = _hash_and_sync(path)
+    body = {"format": FORMAT, **manifest, "files": files}
+    _write_synced(directory / MANIFEST, json.dumps({"manifest": body, "sha256": _digest(body)}, indent=1) + "\n")
+
+
+def read_manifest(directory: Path, step: int | None = None) -> dict[str, Any]:
+    """What was recorded of a directory, of `step` if that is given.
+
+    Raises CheckpointError when it is missing or changed, OSError where storage fails.
+    """
+    path = directory / MANIFEST
+    try:
+        _require_regular(path)
+        wrapped = json.loads(path.read_bytes())
+        body = wrapped["manifest"]
+        if wrapped["sha256"] != _digest(body):
+            raise ValueError("its own hash does not match")
+        if body["format"] != FORMAT or (step is not None and body["step"] != step):
+            raise ValueError(f"it is of step {body['step']}, format {body['format']}")
+        for name, entry in body["files"].items():
+            _require_inside(name)
+            if not {"bytes", "sha256"} <= entry.keys():
+                raise ValueError(f"it has no size and hash of {name!r}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
+            raise
+        raise CheckpointError(f"{path}: not a manifest that can be trusted ({_short(error)})") from error
+    return dict(body)
+
+
+def differing(directory: Path, expected: dict[str, Any], contents: bool = True) -> list[str]:
+    """The files of a manifest that are not there, or not of their size and (`contents`) their hash."""
+    found = {path.relative_to(directory).as_posix() for path in _files(directory)}
+    wrong = []
+    for name, entry in expected.items():
+        path = directory / name
+        try:
+            if name not in found:
+                wrong.append(f"{name}: missing")
+                continue
+            _require_regular(path)
+            if path.stat().st_size != entry["bytes"]:
+                wrong.append(f"{name}: {path.stat().st_size} bytes, not {entry['bytes']}")
+            elif contents and _sha256(path) != entry["sha256"]:
+                wrong.append(f"{name}: its contents changed")
+        except OSError as error:
+            if error.errno not in DAMAGE:
+                raise
+            wrong.append(f"{name}: cannot be read ({error.strerror})")
+    return wrong
 
 
 def sync_directory(path: Path) -> None:

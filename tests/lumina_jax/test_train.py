@@ -36,6 +36,7 @@ from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.lock import RunLock
 from lumina.runs.steps import Steps
+from lumina.runs.train import SAMPLES
 from lumina.tokenizer import train_bpe
 from lumina_jax import checkpoint
 from lumina_jax.evaluate import evaluate
@@ -190,7 +191,7 @@ def test_a_run_tells_what_it_is_about_to_do_then_each_step_and_evaluation(whole)
 
 def test_samples_and_figures_go_to_stdout_and_nothing_else_does(whole):
     result = json.loads(whole.result.read_text())
-    assert len(result["samples"]) == lumina_jax.train.SAMPLES
+    assert len(result["samples"]) == SAMPLES
     for number, sample in enumerate(result["samples"], 1):
         assert f"--- sample {number} -" in whole.stdout
         assert printable(sample) in whole.stdout

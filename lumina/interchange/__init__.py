@@ -1,0 +1,1 @@
+"""Models and training states as others read them: canonical names, safetensors, and what the other backend wrote."""
