@@ -65,6 +65,17 @@ def arrays(state: State) -> dict[str, np.ndarray]:
     return named
 
 
+def shapes(config: Config) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every array of a whole state of `config`, named as on disk."""
+    table = tensor_table(config.model)
+    wanted = {tensor.name: (tensor.shape, "float32") for tensor in table}
+    for moment in MOMENTS:
+        wanted.update({f"{moment}.{tensor.name}": (tensor.shape, "float32") for tensor in table if tensor.trained})
+    for name, dtype in SCALARS.items():
+        wanted[name] = ((config.guard.spike_window,) if name == "losses_W" else (), np.dtype(dtype).name)
+    return wanted
+
+
 def digests(named: dict[str, np.ndarray]) -> dict[str, str]:
     """16 hexadecimal digits of the SHA-256 of each array's bytes."""
     return {name: sha256(np.asarray(array, order="C").data).hexdigest()[:16] for name, array in named.items()}
@@ -92,7 +103,7 @@ def _save(save_file: Any, named: dict[str, np.ndarray], path: Path) -> None:
 
 
 def read(directory: Path, step: int = 0) -> State:
-    """The state in `directory`, of `step` if only a model is there; raises CheckpointError for files that are none."""
+    """The state in `directory`, in any order, of `step` if only a model is there; raises CheckpointError for files that are none."""
     weights = _load(directory / MODEL)
     if not (directory / OPTIMIZER).is_file():
         return State(step, weights)

@@ -1,0 +1,172 @@
+"""Train a model: python -m lumina_torch.train --config configs/debug.py --workdir runs/debug-torch
+
+What happens, and in what order, is told in `lumina.runs.train`; here is what PyTorch does in it.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lumina.architecture import depth_capacity_at
+from lumina.config import Config
+from lumina.errors import ConfigError, UsageError, exit_with
+from lumina.runs import train
+from lumina.runs.console import Console
+from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.loop import Backend
+from lumina.runs.origin import Origin
+
+if TYPE_CHECKING:  # torch is imported when a run and its data are in order
+    from lumina_torch.checkpoint import Checkpoints
+    from lumina_torch.step import TrainState
+
+TORCH = train.Framework(
+    program="lumina_torch",
+    process="RANK",
+    dtypes=("float32", "bfloat16", "float16"),
+    attention=("auto", "reference", "sdpa", "flash"),
+    grouped=("auto", "grouped_mm", "loop"),
+)
+
+
+def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = False) -> int:
+    """Train as `config` says, in `workdir`; a run found there goes on from its newest checkpoint.
+
+    Returns the exit code: 0 when done, 75 when a signal stopped it and all is saved.
+    """
+    _require_one_device(config)
+    return train.train_and_evaluate(TORCH, Trainer, config, workdir, accept_changes)
+
+
+def _require_one_device(config: Config) -> None:
+    """Raise a ConfigError or UsageError for what takes several."""
+    if config.mesh.data not in (-1, 1):
+        raise ConfigError(f"mesh.data = {config.mesh.data}: lumina_torch has one device a process; -1 or 1 would work")
+    stage = config.torch.deepspeed.zero_stage
+    if stage != "off":
+        raise ConfigError(f"torch.deepspeed.zero_stage = {stage!r}: this trainer has one process; off would work")
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        raise UsageError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this trainer has one process; start it without torchrun")
+
+
+class Trainer:
+    """See `lumina.runs.train.Trainer`. One process with one device."""
+
+    part: tuple[int, int] = (0, 1)
+
+    def __init__(self, config: Config):
+        import torch
+
+        from lumina_torch.device import be_exact, choose_device, describe
+
+        self.config, self.policy = config, choose_device(config)
+        be_exact(self.policy)
+        self.versions, self.device = {"torch": str(torch.__version__)}, describe(self.policy)
+
+    def require_same(self, what: str, digest: str) -> None:
+        """It is, in one process."""
+
+    def agreed(self, value: Any) -> Any:
+        """What this process says."""
+        return value
+
+    def checkpoints(
+        self, run: RunDirectory, events: Events, backup: Callable[[int], Path] | None, origin: Origin | None
+    ) -> "Checkpoints":
+        """Where the run's states are kept."""
+        from lumina_torch.checkpoint import Checkpoints
+
+        begin = (lambda: self._begun(origin)) if origin else None
+        return Checkpoints(run, self.config, events, self.policy.device, backup, begin)
+
+    def _begun(self, origin: Origin) -> "tuple[TrainState, dict[str, Any]]":
+        from lumina_torch.checkpoint import from_state
+
+        state, record = origin.load()
+        return from_state(self.config, state, self.policy.device), record
+
+    def steps_of(self, state: "TrainState") -> int:
+        """Batches that a state has consumed."""
+        return state.step
+
+    def forms(self) -> str:
+        """The forms of kernels that the device takes, and why."""
+        from lumina_torch.device import chosen_forms
+
+        return "\n".join([chosen_forms(self.config, self.policy), *self.policy.notes])
+
+    def peak(self) -> float:
+        """FLOP/s of matrix products."""
+        from lumina_torch.device import matmul_peak
+
+        return matmul_peak(self.config.train.compute_dtype, self.policy.device)
+
+    def backend(
+        self,
+        text: train.Text,
+        start: int,
+        writes: bool,
+        console: Console,
+        aside: Callable[[], AbstractContextManager[None]],
+    ) -> Backend:
+        """What the loop calls."""
+        from lumina_torch.device import fetch
+        from lumina_torch.evaluate import evaluate
+        from lumina_torch.generate import Generator, Sampling
+        from lumina_torch.step import controls, init_state, make_eval_step, make_train_step
+
+        config, policy, tokenizer = self.config, self.policy, text.corpus.tokenizer
+        token_bytes = tokenizer.token_bytes()
+        step = make_train_step(config, token_bytes, policy.dtype, policy.device, policy.pin_memory)
+        eval_step = make_eval_step(config, token_bytes, policy.dtype, device=policy.device)
+        seen: set[float] = set()  # depth capacities that have been compiled
+
+        def train_step(number: int, state: Any, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
+            capacity = depth_capacity_at(config.model.mod, number)
+            compiles = config.torch.compile and capacity not in seen
+            seen.add(capacity)
+            with aside() if compiles else nullcontext():
+                set_depth_capacity(state.transformer, capacity)
+                state, metrics = step(state, batch, controls(config, update, np.full(1, stop, np.int32)))
+                set_depth_capacity(state.transformer, config.model.mod.capacity)
+            return state, metrics
+
+        def held_out_loss(state: Any, alive: Any) -> dict[str, Any]:
+            return evaluate(eval_step, state.transformer, text.held_out.evaluation(config.train.eval_rows), alive)
+
+        def sample(state: Any, count: int) -> list[str]:
+            generator = Generator(config, state.transformer, tokenizer)
+            prompt = config.monitor.sample_prompt
+            length = min(config.monitor.sample_tokens, generator.room(prompt))
+            return [prompt + "".join(generator.text(prompt, length, Sampling(seed=seed))) for seed in range(count)]
+
+        return Backend(
+            fresh=lambda: init_state(config, policy.device),
+            train_step=train_step,
+            fetch=fetch,
+            steps_of=self.steps_of,
+            evaluate=held_out_loss,
+            sample=sample,
+            writes=writes,
+        )
+
+
+def set_depth_capacity(transformer: Any, capacity: float) -> None:
+    """Have Mixture-of-Depths layers take this share of tokens from now on, as annealing asks."""
+    for block in transformer.blocks:
+        if hasattr(block, "mod") and block.mod.mod.capacity != capacity:
+            block.mod.mod = replace(block.mod.mod, capacity=capacity)
+
+
+def main() -> None:
+    """Entry point of `python -m lumina_torch.train`."""
+    train.run_command(TORCH, train_and_evaluate)
+
+
+if __name__ == "__main__":
+    exit_with(main)
