@@ -115,9 +115,10 @@ class Trainer:
         aside: Callable[[], AbstractContextManager[None]],
     ) -> Backend:
         """What the loop calls."""
+        from lumina.generation import Sampling
         from lumina_torch.device import fetch
         from lumina_torch.evaluate import evaluate
-        from lumina_torch.generate import Generator, Sampling
+        from lumina_torch.generate import Generator
         from lumina_torch.step import controls, init_state, make_eval_step, make_train_step
 
         config, policy, tokenizer = self.config, self.policy, text.corpus.tokenizer

@@ -103,7 +103,7 @@ def _save(save_file: Any, named: dict[str, np.ndarray], path: Path) -> None:
 
 
 def read(directory: Path, step: int = 0) -> State:
-    """The state in `directory`, in any order, of `step` if only a model is there; raises CheckpointError for files that are none."""
+    """The state in `directory`, in any order, of `step` if only a model is there; raises CheckpointError for other files."""
     weights = _load(directory / MODEL)
     if not (directory / OPTIMIZER).is_file():
         return State(step, weights)
