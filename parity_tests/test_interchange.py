@@ -123,7 +123,7 @@ def test_values_of_jax_that_are_not_those_saved_are_refused(tmp_path, monkeypatc
 
 
 def config(**changes):
-    made = every_kind(steps=STEPS, eval_every=EVERY, eval_rows=16, **changes)
+    made = every_kind(**{"steps": STEPS, "eval_every": EVERY, "eval_rows": 16, **changes})
     made.data.source, made.checkpoint.every, made.mesh.data = "synthetic", EVERY, 1
     made.monitor.log_every, made.monitor.sample_tokens, made.monitor.tensorboard = 1, 4, False
     return made
@@ -175,7 +175,7 @@ def test_a_run_begun_in_one_framework_goes_on_in_the_other(of_each, tmp_path, he
     rows = {record["step"]: record["rows"] for record in read_json_lines(run.ledger) if "rows" in record}
     assert rows == {r["step"]: r["rows"] for r in read_json_lines(whole_run.ledger) if r.get("rows") and r["step"] > EVERY}
     (begun,) = [event for event in read_json_lines(run.events) if event["event"] == "begun"]
-    assert (begun["step"], begun["path"]) == (EVERY, str(source.path))
+    assert begun["begun_from"] == {"path": str(source.path), "part": "state", "step": EVERY}
     final, other = load(run.path)[1], load(whole_run.path)[1]
     assert (final.step, final.updates) == (other.step, other.updates) == (STEPS, STEPS)
     for name, array in arrays(other).items():

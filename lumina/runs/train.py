@@ -154,7 +154,7 @@ def _train_and_evaluate(
     where: dict[str, Any] = {**trainer.versions, "devices": trainer.device, "process": os.getpid()}
     events.write("started", start, command=sys.argv, **where, **({"restarted_because": cause} if cause else {}))
     if origin and origin.new:
-        events.write("begun", start, origin.says, **origin.record)
+        events.write("begun", start, origin.says, begun_from=origin.record)
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
     if writes:

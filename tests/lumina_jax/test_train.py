@@ -580,6 +580,22 @@ REFUSALS = {
     "wrong_type": (3, "train.steps = 'ten': must be of type int", "type.json"),
     "wrong_type_in_a_flag": (3, "train.steps", "fine.json --config.train.steps=ten"),
     "impossible_value": (3, "optim.schedule = 'cosin': must be one of", "fine.json --config.optim.schedule=cosin"),
+    "dtype_of_pytorch": (
+        3,
+        "train.compute_dtype = 'float16': not in lumina_jax, which has float32, bfloat16",
+        "fine.json --config.train.compute_dtype=float16",
+    ),
+    "attention_of_pytorch": (
+        3,
+        "model.attention_form = 'flash': not in lumina_jax, which has auto, reference, chunked, splash",
+        "fine.json --config.model.attention_form=flash",
+    ),
+    "experts_of_pytorch": (
+        3,
+        "model.moe.grouped_form = 'loop': not in lumina_jax, which has auto, blocks, ragged",
+        "fine.json --config.model.moe.grouped_form=loop",
+    ),
+    "nothing_to_begin_from": (2, "nowhere: no such directory", "fine.json --config.checkpoint.init_from=nowhere"),
     "not_json": (3, "broken.json: cannot be read as a config", "broken.json"),
     "not_an_object": (3, "must be a mapping", "list.json"),
     "no_config_file": (2, "nowhere.json: no such config file", "nowhere.json"),
