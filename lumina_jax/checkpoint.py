@@ -92,17 +92,17 @@ def load(run: RunDirectory, like: TrainState, best: bool = False) -> tuple[Train
 
 
 def from_state(model: ModelConfig, state: interchange.State, like: Any) -> Any:
-    """The arrays of `state` as `like`, all of a TrainState or its variables, has them: stacked, with its shardings.
+    """The arrays of `state` as `like`, all of a TrainState or a part of it, has them: stacked, with its shardings.
 
     Raises CheckpointError for one of another shape or dtype.
     """
-    leaves = by_name(like)
-    named = dict(to_leaves(model, vars(state), leaves))
-    scalars = {"step", "guard.skipped"} | {name for name in named if name.endswith(".count")}  # int32 here
-    named = {name: array.astype(leaves[name].dtype) if name in scalars else array for name, array in named.items()}
-    check_fits(
-        Path("checkpoint.init_from"), {n: {"shape": a.shape, "dtype": str(a.dtype)} for n, a in named.items()}, shapes_of(like)
-    )
+    leaves, named = by_name(like), {}
+    for name, array in to_leaves(model, vars(state), leaves):
+        counted = array.ndim == 0 and leaves[name].dtype == np.int32  # on the host as a Python number
+        named[name] = array.astype(np.int32) if counted else array
+        if (named[name].shape, named[name].dtype) != (leaves[name].shape, leaves[name].dtype):
+            found, wanted = ((tuple(of.shape), str(of.dtype)) for of in (named[name], leaves[name]))
+            raise CheckpointError(f"{name}: is {found}, the model needs {wanted}")
 
     def placed(array: np.ndarray, leaf: Any) -> jax.Array:
         return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
