@@ -1,5 +1,6 @@
 """What a new run begins from: checkpoint.init_from."""
 
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from lumina.architecture import tensor_table
 from lumina.config import Config
 from lumina.errors import CheckpointError, ConfigError, DataError, UsageError
 from lumina.interchange.state import Source, State, locate, read_state
-from lumina.runs.directory import ACCEPT, RunDirectory, config_changes, deciding
+from lumina.runs.directory import ACCEPT, RunDirectory, config_changes, deciding, replace_file
 from lumina.runs.progress import Progress
 from lumina.runs.steps import Steps
 
@@ -67,6 +68,16 @@ class Origin:
                 f"--config.checkpoint.init_part=weights, or go on with it: {ACCEPT}"
             )
         return [f"{FIELD}: {change}" for change in changed]
+
+    def copy_ledger(self, run: RunDirectory) -> None:
+        """Begin the ledger of `run` with the source's up to here, if that is as the checkpoint recorded it."""
+        source = RunDirectory(Path(self.record["path"]))
+        if self.record["part"] == "state" and source.ledger.is_file():
+            recorded = Steps(source.checkpoints).manifest(self.record["step"]).get("ledger") or {"bytes": 0, "sha256": ""}
+            with source.ledger.open("rb") as file:
+                data = file.read(recorded["bytes"])
+            if sha256(data).hexdigest() == recorded["sha256"]:
+                replace_file(run.ledger, lambda path: path.write_bytes(data))
 
     def load(self) -> tuple[State, dict[str, Any]]:
         """The state, verified again, and what a manifest would say of it: step 0 and no progress for weights alone."""

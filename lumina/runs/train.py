@@ -155,6 +155,8 @@ def _train_and_evaluate(
     events.write("started", start, command=sys.argv, **where, **({"restarted_because": cause} if cause else {}))
     if origin and origin.new:
         events.write("begun", start, origin.says, begun_from=origin.record)
+        if writes:
+            origin.copy_ledger(run)
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
     if writes:
