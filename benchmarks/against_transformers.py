@@ -2,13 +2,14 @@
 
     python benchmarks/against_transformers.py                             # Mixtral: 8 experts, 2 a token
     python benchmarks/against_transformers.py --dense --length=2048       # Llama
+    python benchmarks/against_transformers.py --ours=torch                # our PyTorch trainer, instead of JAX's
     python benchmarks/against_transformers.py --config.model.moe.capacity_factor=1.25
 
 Both models have the same tensors and see batches of the same shape, in float32: forward, backward, clipping, AdamW. Of the ways
 in which `transformers` can do its part the fastest is taken. Each side lives in a process of its own; they take turns of a few
 steps, so that a machine which is slower for a while is slower for both. The ratio is the median over the turns. It holds only
-for a machine that is otherwise idle: beside other work PyTorch slows far more than we do. So `load_average` is that of before
-the start, and should be near 0.
+for a machine that is otherwise idle: beside other work PyTorch slows far more than JAX does. So `load_average` is that of
+before the start, and should be near 0.
 """
 
 import argparse
@@ -77,7 +78,7 @@ def require_comparable(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------------- our side
 
 
-def ours(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[[], float]]:
+def ours_jax(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[[], float]]:
     """(facts, one step that returns its loss, the peak in FLOP/s of a matrix product)."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
@@ -90,16 +91,7 @@ def ours(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[
     allocator = keep_large_buffers()
     shapes, graphdef = state_shapes(config)
     state = jax.jit(lambda: init_state(config)[1])()
-    tokens_BT = random_tokens(config)
-    B, T = tokens_BT.shape[0], tokens_BT.shape[1] - 1
-    batch = {
-        "inputs": tokens_BT[:, :-1],
-        "targets": tokens_BT[:, 1:],
-        "weights": np.ones((B, T), np.float32),
-        "segments": np.zeros((B, T), np.int32),
-        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
-    }
-    batch, knobs = jax.device_put((batch, controls(config)))
+    batch, knobs = jax.device_put((our_batch(config), controls(config)))
     step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(state, batch, knobs).compile()
     facts: dict[str, Any] = {
         "allocator": allocator,
@@ -118,11 +110,52 @@ def ours(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[
     return facts, run, lambda: matmul_peak("float32")
 
 
+def ours_torch(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[[], float]]:
+    """As `ours_jax`."""
+    import torch
+
+    from lumina_torch.device import matmul_peak
+    from lumina_torch.step import controls, init_state, make_train_step
+
+    state, step, batch, knobs = init_state(config), make_train_step(config), our_batch(config), controls(config)
+    facts: dict[str, Any] = {
+        "versions": {"torch": version("torch")},
+        "parameters": sum(parameter.numel() for parameter in state.transformer.parameters()),
+        "threads": torch.get_num_threads(),
+    }
+
+    def run() -> float:
+        _, metrics = step(state, batch, knobs)
+        if "moe" in metrics:
+            facts["choices_dropped"] = float(metrics["moe"]["dropped"].mean())
+        return float(metrics["loss"])
+
+    return facts, run, lambda: matmul_peak("float32")
+
+
+def our_batch(config: Config) -> dict[str, Any]:
+    """Rows of one document each, all of it counted."""
+    import numpy as np
+
+    tokens_BT = random_tokens(config)
+    B, T = tokens_BT.shape[0], tokens_BT.shape[1] - 1
+    return {
+        "inputs": tokens_BT[:, :-1],
+        "targets": tokens_BT[:, 1:],
+        "weights": np.ones((B, T), np.float32),
+        "segments": np.zeros((B, T), np.int32),
+        "positions": np.tile(np.arange(T, dtype=np.int32), (B, 1)),
+    }
+
+
+OURS = {"jax": ours_jax, "torch": ours_torch}
+
+
 # -------------------------------------------------------------------------------------------------------- their side
 
 
 def theirs(config: Config) -> tuple[dict[str, Any], Callable[[], float], Callable[[], float]]:
-    """As `ours`. Tries the ways to multiply experts and to run AdamW, and keeps the fastest."""
+    """As `ours_jax`. Tries the ways to multiply experts and to run AdamW, and keeps the fastest."""
     import torch
 
     experts = ("eager",) if config.model.moe.pattern == "none" else EXPERTS
@@ -245,7 +278,7 @@ def answer(pipe: Connection, name: str) -> Any:
     raise UsageError(f"the process of {name} gave no answer: see above for its error")
 
 
-def compare(config: Config, rounds: int, steps: int) -> dict[str, Any]:
+def compare(config: Config, ours: Callable, rounds: int, steps: int) -> dict[str, Any]:
     """Start both sides and let them take turns."""
     load = os.getloadavg()[0]
     context, pipes = multiprocessing.get_context("spawn"), {}
@@ -315,6 +348,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--dense", action="store_true", help="Llama, instead of Mixtral")
+    parser.add_argument("--ours", choices=OURS, default="jax", help="our trainer that is compared (default: jax)")
     parser.add_argument("--length", type=int, default=512, help="tokens in a row (default: 512)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side (default: 9)")
     parser.add_argument("--steps", type=int, default=3, help="steps in a turn (default: 3)")
@@ -327,7 +361,7 @@ def main() -> None:
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         raise UsageError(f"{' and '.join(missing)} not installed: pip install -c requirements.lock -e '.[transformers]'")
-    print(json.dumps(compare(config, known.rounds, known.steps), indent=2))
+    print(json.dumps(compare(config, OURS[known.ours], known.rounds, known.steps), indent=2))
 
 
 if __name__ == "__main__":

@@ -67,11 +67,11 @@ def choose_device(config: Config) -> Policy:
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [kind for kind, present in here.items() if present]
     deepspeed = config.torch.deepspeed.zero_stage != "off"
-    compiler = _no_compiler() if config.torch.compile else ""
-    return decide(config.torch.device, available, config.train.compute_dtype, config.torch.compile, deepspeed, compiler)
+    missing = no_compiler() if config.torch.compile else ""
+    return decide(config.torch.device, available, config.train.compute_dtype, config.torch.compile, deepspeed, missing)
 
 
-def _no_compiler() -> str:
+def no_compiler() -> str:
     """Why torch.compile could not work: what it writes for a CPU is C++, and on CUDA triton needs a C compiler too."""
     wanted = os.environ.get("CXX", "g++")
     return "" if shutil.which(wanted) else f"needs a C++ compiler, and there is no {wanted}"

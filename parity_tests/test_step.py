@@ -11,19 +11,18 @@ import numpy as np
 import pytest
 import torch
 
+import lumina_jax.model
 import lumina_jax.optimizer
 import lumina_jax.step
 import lumina_torch.optimizer
 import lumina_torch.step
 from lumina.config import SCHEDULES, Config, OptimConfig
-from lumina_jax.model import by_canonical_name
+from lumina_jax.model import Variables, by_canonical_name, from_canonical_names
 from lumina_torch.device import fetch
-from lumina_torch.model import load_state, state_by_name
+from lumina_torch.model import state_by_name
 from lumina_torch.optimizer import moments
 from tests.lumina_jax.oracles import assert_close
 from tests.lumina_jax.tiny import T, V, random_batch, tiny
-
-torch.set_num_threads(1)
 
 STEEP = {"bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2}  # router losses and biases that show
 EVERY = {
@@ -42,28 +41,35 @@ UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)).astype(np.float32) * np.
 TOKEN_BYTES = np.random.default_rng(4).integers(0, 9, V).astype(np.int32)
 
 
+@pytest.fixture(autouse=True)
+def scanned(monkeypatch):
+    """JAX's layers are compiled once, not once each: two thirds of these tests' time."""
+    monkeypatch.setattr(lumina_jax.model, "UNROLLED", 0)
+
+
 def stepped(config: Config, double: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All that one step gives, by JAX and by PyTorch: metrics, gradients as the first moments have them, and parameters."""
-    config.optim.eps = 1e-4  # of gradients near zero Adam's direction is noise
-    shapes, graphdef = lumina_jax.step.state_shapes(config)
-    state = jax.device_get(jax.jit(lambda: lumina_jax.step.init_state(config)[1])())
+    config.optim.eps = 1e-2  # Adam's direction where gradients are near zero would be their rounding
     twin, batch = lumina_torch.step.init_state(config), random_batch() | {"weights": UNEVEN}
-    variables = state.variables
-    named = {**by_canonical_name(config.model, variables.params), **by_canonical_name(config.model, variables.biases)}
-    load_state(twin.transformer, {name: np.array(array) for name, array in named.items()})
+    (shapes, graphdef), dtypes = lumina_jax.step.state_shapes(config), (jnp.float32, torch.float32)
+    named = {name: tensor.detach().numpy().copy() for name, tensor in state_by_name(twin.transformer).items()}
+    state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    variables = Variables(*(from_canonical_names(config.model, part, named) for part in shapes.variables))
+    guard = lumina_jax.step.Guard(np.full(config.guard.spike_window, np.nan, np.float32), np.int32(0))
+    state = jax.device_get(state._replace(variables=variables, guard=guard))
     if double:
         state = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, state)
         twin.transformer.double()
         batch["weights"] = UNEVEN.astype(np.float64)
-    dtypes = (jnp.float64, torch.float64) if double else (jnp.float32, torch.float32)
+        dtypes = (jnp.float64, torch.float64)
+
+    jax_eval = lumina_jax.step.make_eval_step(config, graphdef, TOKEN_BYTES, dtype=dtypes[0])
+    jax_step = lumina_jax.step.make_train_step(config, graphdef, token_bytes=TOKEN_BYTES, dtype=dtypes[0])
+    both = jax.jit(lambda state, *rest: (jax_eval(state.variables, rest[0]), jax_step(state, *rest)))  # compiled together
+    evaluated, (after, metrics) = jax.device_get(both(state, batch, lumina_jax.step.controls(config)))
 
     # Evaluation first: PyTorch's step changes its state.
-    jax_eval = lumina_jax.step.make_eval_step(config, graphdef, TOKEN_BYTES, dtype=dtypes[0])
-    evaluated = jax.device_get(jax.jit(jax_eval)(state.variables, batch))
     twin_evaluated = fetch(lumina_torch.step.make_eval_step(config, TOKEN_BYTES, dtypes[1])(twin.transformer, batch))
-
-    jax_step = lumina_jax.step.make_train_step(config, graphdef, token_bytes=TOKEN_BYTES, dtype=dtypes[0])
-    after, metrics = jax.device_get(jax.jit(jax_step)(state, batch, lumina_jax.step.controls(config)))
     twin_step = lumina_torch.step.make_train_step(config, TOKEN_BYTES, dtypes[1])
     twin, twin_metrics = twin_step(twin, batch, lumina_torch.step.controls(config))
 
@@ -99,7 +105,7 @@ def assert_same_numbers(found: dict[str, Any], twin_found: dict[str, Any], toler
         assert_close(actual[name], array, 5e-6 if coarse else tolerance)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", ["dense", "top-1, capacity", "top-2, dropless", "hybrid block, in parts"])
 def test_a_step_in_float32_gives_the_same_numbers(name):
     found, twin_found = stepped(EVERY[name], double=False)
     assert_same_numbers(found, twin_found, 5e-6)

@@ -28,9 +28,9 @@ def _run(*arguments, before=""):
     return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], check=False, timeout=300)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["mixtral", "llama"])
-def test_both_sides_train_the_same_model(dense):
-    done = _run(*SMALL, *(["--dense"] if dense else []))
+@pytest.mark.parametrize(("dense", "ours"), [(False, "jax"), (True, "torch")], ids=["mixtral", "llama"])
+def test_both_sides_train_the_same_model(dense, ours):
+    done = _run(*SMALL, *(["--dense"] if dense else []), f"--ours={ours}")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     attention, ff = 2 * 32 * 8 * 32 + 2 * 32 * 2 * 32, 3 * 32 * 32
@@ -39,6 +39,7 @@ def test_both_sides_train_the_same_model(dense):
         assert result[side]["parameters"] == layer + 2 * 64 * 32 + 32
         assert 3 < result[side]["loss"] < 6  # log 64 is 4.2
     assert ("dispatch" in result) != dense
+    assert ("jax" in result["lumina"]["versions"]) == (ours == "jax")
 
 
 @pytest.mark.parametrize(

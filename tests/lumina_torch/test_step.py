@@ -12,7 +12,7 @@ import torch
 
 from lumina.config import GuardConfig
 from lumina.data.rows import Batches, Rows
-from lumina_torch.device import fetch
+from lumina_torch.device import fetch, no_compiler
 from lumina_torch.model import TRAINING, state_by_name
 from lumina_torch.optimizer import moments
 from lumina_torch.step import (
@@ -596,3 +596,15 @@ def test_the_default_controls_are_those_of_the_config():
     found = controls(config)
     assert found._replace(stop_N=None) == Controls(1.0, 0.25, 0.125, 0.5, True, None)
     assert found.stop_N.tolist() == [0]
+
+
+@pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
+def test_a_compiled_layer_trains_as_one_that_is_not_and_keeps_its_names():
+    config = tiny("dense", model={"num_layers": 1})
+    plain, _ = make_train_step(config)(init_state(config), random_batch(), controls(config))
+    config.torch.compile = True
+    compiled, metrics = make_train_step(config)(init_state(config), random_batch(), controls(config))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    for name, array in tensors(plain).items():
+        if name.startswith("first "):
+            assert_close(tensors(compiled)[name], array, 5e-6)
