@@ -7,6 +7,7 @@ import torch
 from lumina.config import load, override
 from lumina.errors import ConfigError
 from lumina_torch.device import (
+    be_exact,
     choose_device,
     chosen_forms,
     decide,
@@ -108,3 +109,9 @@ def test_this_device_describes_itself_and_its_forms():
 def test_peaks_are_of_this_machine():
     assert matmul_peak("float32", seconds=0.01) > 1e8
     assert peak_memory() > 50 << 20
+
+
+def test_float32_products_are_made_exact():
+    torch.set_float32_matmul_precision("high")
+    be_exact(decide("cpu", LAPTOP, "float32", compile=False))
+    assert torch.get_float32_matmul_precision() == "highest"
