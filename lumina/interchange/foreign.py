@@ -3,7 +3,6 @@
 What our model does not compute is refused by name: a file that loads here gives the same logits as in transformers.
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -59,8 +58,6 @@ def _experts(values: dict[str, Any], form: str, layers: int) -> MoEConfig:
         num_experts=_number_of_experts(values),
         top_k=top_k,
         dispatch="dropless",
-        balance_weight=float(values.get("router_aux_loss_coef", 0.001)),
-        z_weight=0.0,
         renormalise=True if form == "mixtral" else bool(values.get("norm_topk_prob", False)),
     )
     return MoEConfig() if moe.pattern == "none" else moe
@@ -101,7 +98,7 @@ def _refusals(values: dict[str, Any], form: str) -> Iterator[str]:
         sparse, layers = _sparse_layers(values, _whole(values, "num_hidden_layers")), _whole(values, "num_hidden_layers")
         dense, expert = values.get("intermediate_size"), values.get("moe_intermediate_size")
         if 0 < len(sparse) < layers and dense != expert:
-            yield f"intermediate_size = {dense!r}: dense layers must be as wide as an expert, moe_intermediate_size = {expert!r}"
+            yield f"intermediate_size = {dense!r}: must be moe_intermediate_size = {expert!r}, as all our layers are as wide"
 
 
 def _rope(values: dict[str, Any]) -> dict[str, Any]:

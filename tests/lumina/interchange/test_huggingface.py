@@ -65,10 +65,10 @@ def test_the_names_are_those_that_transformers_saves(name, tmp_path):
     form, model = FAMILIES[name]
     write(tmp_path / "ours", form, model)
     load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
-    with safe_open(tmp_path / "ours" / "model.safetensors", "np") as ours:
-        with safe_open(tmp_path / "theirs" / "model.safetensors", "np") as theirs:
-            assert set(ours.keys()) == set(theirs.keys())
-            assert all(np.array_equal(ours.get_tensor(key), theirs.get_tensor(key)) for key in ours.keys())  # noqa: SIM118
+    ours, theirs = (safe_open(tmp_path / side / "model.safetensors", "np") for side in ("ours", "theirs"))
+    with ours as ours, theirs as theirs:
+        assert set(ours.keys()) == set(theirs.keys())
+        assert all(np.array_equal(ours.get_tensor(key), theirs.get_tensor(key)) for key in ours.keys())  # noqa: SIM118
 
 
 def test_a_scale_that_is_a_power_of_two_folds_exactly():

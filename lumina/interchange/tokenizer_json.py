@@ -1,0 +1,145 @@
+"""Lumina's tokenizers in the files of Hugging Face: tokenizer.json and tokenizer_config.json, with the same ids."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lumina.errors import DataError
+from lumina.interchange.chat import TEMPLATE
+from lumina.tokenizer import CONTROL_TOKENS, FILE, Tokenizer, _byte_of_character
+
+
+def write(directory: Path, tokenizer: Tokenizer, positions: int, chat: bool = True) -> None:
+    """Write tokenizer.json and tokenizer_config.json. `positions`: tokens that the model takes; `chat`: with its template.
+
+    Raises:
+        DataError: the tokenizer is SentencePiece's, or its file has a token of a control token's name.
+    """
+    spec, config = tokenizer_json(tokenizer), tokenizer_config(positions)
+    if not chat:
+        del config["chat_template"]
+    for name, values in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+        (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_config(positions: int) -> dict[str, Any]:
+    """tokenizer_config.json.
+
+    `split_special_tokens` stays off, as with it a rendered conversation would have no control token either; with it in a call,
+    `tokenizer(text, split_special_tokens=True)`, no text becomes one, which is how Lumina encodes.
+    """
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": positions,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": False,
+        "eos_token": "<|document_end|>",
+        "pad_token": "<|padding|>",
+        "additional_special_tokens": list(CONTROL_TOKENS[2:]),
+        "chat_template": TEMPLATE,
+    }
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """tokenizer.json, the control tokens added to it. A copied one is handed through, but that it adds nothing to a text."""
+    with tempfile.TemporaryDirectory() as saved:
+        tokenizer.save(Path(saved))
+        values = json.loads((Path(saved) / FILE).read_text(encoding="utf-8"))
+        kind = values["kind"]
+        if kind == "bpe":
+            spec = _byte_level([token.encode("latin-1") for token in values["ranks"]], values["pattern"])
+        elif kind == "huggingface":
+            spec = json.loads((Path(saved) / "tokenizer.json").read_text(encoding="utf-8"))
+            spec |= {"truncation": None, "padding": None, "post_processor": None}
+        else:
+            raise DataError(f"tokenizer {tokenizer.name}: is of SentencePiece, which has no tokenizer.json; use --to canonical")
+    spec["added_tokens"] += [
+        {
+            "id": tokenizer.control[token],
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": True,
+        }
+        for token in CONTROL_TOKENS
+    ]
+    _require_control_ids(spec, tokenizer)
+    return spec
+
+
+def _require_control_ids(spec: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """A token's own name wins over the id beside it, so that the library may give another id than is written."""
+    import tokenizers
+
+    loaded = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    for token, i in tokenizer.control.items():
+        if (found := loaded.token_to_id(token)) != i:
+            raise DataError(
+                f"tokenizer {tokenizer.name}: its file has {token} as id {found}, and Lumina as {i}; use --to canonical"
+            )
+
+
+def _byte_level(ranks: list[bytes], pattern: str) -> dict[str, Any]:
+    """A byte-level BPE of tiktoken: of all pairs that join to a token, the one whose token has the lowest rank joins first."""
+    character_of = {byte: character for character, byte in _byte_of_character().items()}
+
+    def spelled(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    rank_of = {token: rank for rank, token in enumerate(ranks)}
+    merges = [halves for token in ranks if (halves := _halves(token, rank_of))]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": oniguruma(pattern)}, "behavior": "Isolated", "invert": False},
+                {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+            ],
+        },
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,  # a piece that is a token is taken whole, as in tiktoken
+            "vocab": {spelled(token): rank for rank, token in enumerate(ranks)},
+            "merges": [[spelled(left), spelled(right)] for left, right in merges],
+        },
+    }
+
+
+def _halves(token: bytes, rank_of: dict[bytes, int]) -> tuple[bytes, bytes] | None:
+    """The two tokens that join to this one last; None for a byte, and for a token that no pairs lead to.
+
+    There is one such pair: within a text, too, what joins inside of a token's bytes before it joins is decided by them alone.
+    """
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        joined = [rank_of.get(a + b, len(rank_of)) for a, b in zip(parts, parts[1:], strict=False)]
+        best = min(range(len(joined)), key=joined.__getitem__)
+        if joined[best] == len(rank_of):
+            return None
+        parts[best : best + 2] = [parts[best] + parts[best + 1]]
+    return (parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def oniguruma(pattern: str) -> str:
+    r"""A pattern of tiktoken (fancy-regex) for the engine of `tokenizers` (Oniguruma, in Ruby's syntax).
+
+    There `$` also matches before a line's end, and `{1,3}+` repeats a repetition instead of being possessive; a pattern's
+    last item need not be.
+    """
+    return pattern.replace(r"\p{N}{1,3}+", r"\p{N}{1,3}").replace(r"\s++$", r"\s++\z")
