@@ -68,6 +68,14 @@ def run(arguments: list[str]) -> None:
     supervised.add_argument("--log", type=Path, metavar="FILE", help="append a JSON line at each end of the command")
     supervised.set_defaults(run=_run)
 
+    exported = commands.add_parser("export", help="a run in a format that other software loads, verified", allow_abbrev=False)
+    imported = commands.add_parser("import", help="a Llama, Mixtral or Qwen3-MoE model to go on from", allow_abbrev=False)
+    if arguments[:1] in (["export"], ["import"]):
+        from lumina.interchange import commands as interchange
+
+        interchange.add_export(exported)
+        interchange.add_import(imported)
+
     runs = commands.add_parser("runs", help="list, show, verify, compare and prune runs", allow_abbrev=False)
     if arguments[:1] == ["runs"]:
         from lumina.runs.commands import add

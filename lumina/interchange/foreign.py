@@ -21,6 +21,13 @@ def model_of(values: dict[str, Any]) -> ModelConfig:
     form = values.get("model_type")
     if form not in ARCHITECTURES:
         raise ConfigError(f"model_type = {form!r}: must be one of {', '.join(ARCHITECTURES)}")
+    try:
+        return _model_of(values, form)
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a value of another type than a field's
+        raise ConfigError(f"config.json: cannot be read as that of a {form} model: {error}") from error
+
+
+def _model_of(values: dict[str, Any], form: str) -> ModelConfig:
     if found := list(_refusals(values, form)):
         raise ConfigError(f"this {form} model cannot be imported: {'; '.join(found)}")
     acts = {act: activation for activation, act in HIDDEN_ACTS.items()}

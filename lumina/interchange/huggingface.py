@@ -229,7 +229,7 @@ def to_theirs(piece: Piece, ours: np.ndarray) -> np.ndarray:
 
 
 def to_ours(piece: Piece, theirs: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Our [in, out] tensor of `shape`, an expert's without the axis of experts; raises CheckpointError if theirs does not fit."""
+    """Our [in, out] tensor of `shape`, an expert's without its axis; raises CheckpointError if theirs does not fit."""
     width = math.prod(shape[: piece.inputs])
     expected = (math.prod(shape) // width, width) if piece.inputs else shape
     if theirs.shape != expected:

@@ -63,6 +63,11 @@ class SafeTensors:
             what = f"only {pickles[0]}, a pickle, which is never loaded" if pickles else f"neither {FILE} nor {INDEX}"
             raise CheckpointError(f"{directory}: has {what}; save the model as safetensors")
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold them."""
+        return sorted(set(self._where.values()))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 

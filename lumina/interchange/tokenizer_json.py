@@ -2,25 +2,40 @@
 
 import json
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from lumina.errors import DataError
-from lumina.interchange.chat import TEMPLATE
+from lumina.interchange.chat import ROLES, TEMPLATE, TURN_END, chat_ids
 from lumina.tokenizer import CONTROL_TOKENS, FILE, Tokenizer, _byte_of_character
 
 
-def write(directory: Path, tokenizer: Tokenizer, positions: int, chat: bool = True) -> None:
-    """Write tokenizer.json and tokenizer_config.json. `positions`: tokens that the model takes; `chat`: with its template.
+def write(directory: Path, tokenizer: Tokenizer, positions: int) -> bool:
+    """Write tokenizer.json and tokenizer_config.json; `positions`: tokens that the model takes.
+
+    Returns whether the chat template is with them: not where a copied tokenizer encodes a text otherwise after a control token.
 
     Raises:
         DataError: the tokenizer is SentencePiece's, or its file has a token of a control token's name.
     """
     spec, config = tokenizer_json(tokenizer), tokenizer_config(positions)
-    if not chat:
+    if not (chat := _renders_alike(spec, tokenizer)):
         del config["chat_template"]
     for name, values in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return chat
+
+
+def _renders_alike(spec: dict[str, Any], tokenizer: Tokenizer) -> bool:
+    """Whether a rendered conversation has the ids of `chat_ids`: some tokenizers put a space before the first text alone."""
+    import tokenizers
+
+    texts = ("What is\n\n2?", "", " 4. ")
+    messages = [{"role": "user", "content": text} for text in texts]
+    rendered = "".join(f"{ROLES['user']}{text}{TURN_END}" for text in texts)
+    loaded = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    return bool(loaded.encode(rendered, add_special_tokens=False).ids == chat_ids(tokenizer, messages))
 
 
 def tokenizer_config(positions: int) -> dict[str, Any]:
@@ -128,7 +143,7 @@ def _halves(token: bytes, rank_of: dict[bytes, int]) -> tuple[bytes, bytes] | No
     """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [rank_of.get(a + b, len(rank_of)) for a, b in zip(parts, parts[1:], strict=False)]
+        joined = [rank_of.get(a + b, len(rank_of)) for a, b in pairwise(parts)]
         best = min(range(len(joined)), key=joined.__getitem__)
         if joined[best] == len(rank_of):
             return None
