@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def add_import(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    console = Console(0)
+    console = Console(0, sys.stderr)
     run = library.find(arguments.run_name)
     told = export(run.path, arguments.to, arguments.out, arguments.best, console.status)
     console.done()
@@ -38,7 +39,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    console = Console(0)
+    console = Console(0, sys.stderr)
     told = import_directory(arguments.directory, arguments.out, console.status)
     console.done()
     _tell(arguments, told)

@@ -9,8 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,8 @@ from lumina.tokenizer import Tokenizer, load_tokenizer
 CANONICAL = "canonical"
 FORMATS = (*huggingface.ARCHITECTURES, CANONICAL)
 TOKENIZER = "tokenizer"  # directory of Lumina's own tokenizer files, in a run and in what is written here
-ROWS, MOST_POSITIONS = 4, 512  # of held-out text, that are compared
+ROWS, MOST_POSITIONS = 4, 512  # of held-out text, whose logits are compared
+PIECES, PIECE = 300, 400  # of held-out text, whose ids are compared, and characters in each
 
 Say = Callable[[str], None]
 
@@ -128,20 +128,24 @@ def check(
 
 
 def held_out(config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, list[str], str]:
-    """Rows and texts that the run held out, and their source; the standard library goes on where there are too few or none."""
+    """(rows of ids, pieces of text, their source) that the run held out; the embedded source goes on where there are too few.
+
+    Raises DataError when even so there is not a row.
+    """
     positions = min(config.data.sequence_length, MOST_POSITIONS)
-    data, embedded = config.data, replace(DataConfig(), cache_dir=config.data.cache_dir)
+    sources, told = [config.data, DataConfig()], config.data.source
     try:
-        first, source = _held_out_texts(data), data.source
-    except DataError:  # another machine's files
-        first, source = iter(()), embedded.source
-    rows_NT, texts = verify.rows_of(chain(first, _held_out_texts(embedded)), tokenizer, positions, ROWS)
-    return rows_NT, texts, source
+        open_source(config.data)
+    except DataError:  # files of another machine
+        sources, told = [DataConfig()], DataConfig().source
+    rows_NT = verify.rows_of(_held_out_texts(sources), tokenizer, positions, ROWS)
+    pieces = (text[start : start + PIECE] for text in _held_out_texts(sources) for start in range(0, len(text), PIECE))
+    return rows_NT, list(islice(pieces, PIECES)), told
 
 
-def _held_out_texts(data: DataConfig) -> Iterator[str]:
-    documents = open_source(data)
-    return (document.text for document in documents if place(document.text) < data.held_out)
+def _held_out_texts(sources: list[DataConfig]) -> Iterator[str]:
+    for data in sources:
+        yield from (document.text for document in open_source(data) if place(document.text) < data.held_out)
 
 
 def write_canonical(directory: Path, config: Config, found: Any, tokenizer: Tokenizer, about: dict[str, Any]) -> None:
@@ -186,6 +190,8 @@ def appearing(out: Path) -> Iterator[Path]:
         directory.mkdir(parents=True)
         yield directory
         for path in sorted(directory.rglob("*")):
+            if path.is_file():  # safetensors makes files that only their owner may read
+                path.chmod(directory.stat().st_mode & 0o666)
             with path.open("rb") if path.is_file() else contextlib.nullcontext() as file:
                 os.fsync(file.fileno()) if file else sync_directory(path)
         sync_directory(directory)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lumina.config import ModelConfig
-from lumina.errors import CheckpointError, UsageError
+from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange.chat import chat_ids
 from lumina.interchange.huggingface import ARCHITECTURES
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer
@@ -259,18 +259,13 @@ def versions() -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def rows_of(texts: Iterator[str], tokenizer: Tokenizer, positions: int, rows: int) -> tuple[np.ndarray, list[str]]:
-    """(ids [N, T] of texts one after another, those texts): at most `rows` rows, fewer if there is less text.
-
-    Raises CheckpointError when there is not even one row.
-    """
+def rows_of(texts: Iterator[str], tokenizer: Tokenizer, positions: int, rows: int) -> np.ndarray:
+    """Ids [N, T] of texts one after another: at most `rows` rows, fewer if there is less; raises DataError if there is none."""
     ids: list[int] = []
-    used = []
     for text in texts:
-        used.append(text)
         ids += [*tokenizer.encode(text), tokenizer.control["<|document_end|>"]]
         if len(ids) >= rows * positions:
             break
     if (count := min(rows, len(ids) // positions)) == 0:
-        raise CheckpointError(f"the held-out text has {len(ids)} tokens, and verifying takes {positions}; hold out more")
-    return np.array(ids[: count * positions], np.int64).reshape(count, positions), used
+        raise DataError(f"the held-out text has {len(ids)} tokens, and verifying takes {positions}; hold out more")
+    return np.array(ids[: count * positions], np.int64).reshape(count, positions)
