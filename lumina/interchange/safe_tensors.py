@@ -89,9 +89,22 @@ class SafeTensors:
                         kind = opened.get_slice(name).get_dtype()
                         if kind not in FLOATS:
                             raise CheckpointError(f"{path}: {name} is of type {kind}; {', '.join(FLOATS)} can be imported")
-                        yield name, np.asarray(opened.get_tensor(name)).astype(np.float32)
+                        if kind == "BF16":
+                            yield name, _bfloat16(path, name)
+                        else:
+                            yield name, opened.get_tensor(name).astype(np.float32)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path}: cannot be read as safetensors: {_short(error)}") from error
+
+
+def _bfloat16(path: Path, name: str) -> np.ndarray:
+    """A tensor of a file whose header the library has checked, in float32; NumPy has no type for it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        about = json.loads(file.read(size))[name]
+    begin, end = about["data_offsets"]
+    upper = np.fromfile(path, "<u2", count=(end - begin) // 2, offset=8 + size + begin)
+    return (upper.astype(np.uint32) << 16).view(np.float32).reshape(about["shape"])
 
 
 def _weight_map(index: Path) -> dict[str, str]:
