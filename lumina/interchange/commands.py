@@ -76,12 +76,13 @@ def _rows(told: dict[str, Any], out: Path) -> list[tuple[str, str]]:
     )
     rows.append(("continuation", f"{continued['tokens']} tokens {same}"))
     if "tokenizer" in told:
-        chat = ", and of a conversation" if told["chat_template"] else ""
+        chat = ", and of a conversation" if told["tokenizer"]["chat_template"] else ""
         rows.append(("ids", f"equal, of {told['tokenizer']['texts']} texts{chat}"))
-        if (embedding := told["embedding"])["scale"] != 1:
-            error = embedding["largest_relative_error"]
-            exactly = "exactly" if error == 0 else f"within {error:.1e}"
-            rows.append(("embedding", f"multiplied by {embedding['scale']:.6g}, {exactly}; no longer the head's"))
+    if (embedding := told.get("embedding", {"scale": 1}))["scale"] != 1:
+        error = embedding["largest_relative_error"]
+        exactly = "exactly" if error == 0 else f"within {error:.1e}"
+        untied = "; no longer the head's" if embedding["untied"] else ""
+        rows.append(("embedding", f"multiplied by {embedding['scale']:.6g}, {exactly}{untied}"))
     if told.get("rows_added"):
         rows.append(("rows added", f"{told['rows_added']}, for control tokens, each the mean of the others"))
     rows += [("note", note) for note in told.get("notes", [])]

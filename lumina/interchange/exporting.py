@@ -117,12 +117,12 @@ def check(
     say: Say,
 ) -> dict[str, Any]:
     """Compare the directory, as transformers loads it, with what it was made from; raises CheckpointError where it differs."""
-    rows_NT, texts, source = held_out(config, tokenizer)
+    rows_NT, pieces, source = held_out(config, tokenizer)
     theirs, ours = verify.Theirs(directory, form), verify.Ours(config.model, weights)
     return {
         "text": {"source": source, "rows": rows_NT.shape[0], "positions": rows_NT.shape[1]},
         "logits": verify.compare_models(ours, theirs, rows_NT, say),
-        "tokenizer": verify.compare_ids(directory, tokenizer, texts, chat),
+        "tokenizer": verify.compare_ids(verify.load_tokenizer(directory), tokenizer, [*pieces, *verify.HARD_TEXTS], chat),
         "versions": verify.versions(),
     }
 

@@ -43,10 +43,12 @@ def import_directory(path: Path, out: Path, say: Say) -> dict[str, Any]:
     config = validate(Config(model=model, data=data))
     told: dict[str, Any] = {"source": str(path), "format": form, "rows_added": added}
     with appearing(out) as directory:
-        rows_NT, _, source = held_out(config, tokenizer)
+        rows_NT, pieces, source = held_out(config, tokenizer)
         with weights_alone(path, tensors.files) as alone:
             theirs = verify.Theirs(alone, form)
             told["logits"] = verify.compare_models(verify.Ours(model, weights), theirs, rows_NT, say)
+        if (path / "tokenizer.json").is_file():
+            told["tokenizer"] = verify.compare_ids(verify.load_tokenizer(path, alone=True), tokenizer, pieces, chat=False)
         told["text"] = {"source": source, "rows": rows_NT.shape[0], "positions": rows_NT.shape[1]}
         told["versions"] = verify.versions()
         write_json(directory / verify.FILE, told)

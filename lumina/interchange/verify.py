@@ -75,7 +75,7 @@ class Ours:
         positions_1T = torch.arange(len(ids_T))[None]
         with torch.inference_mode():
             hidden_1TD, metrics, _ = self._transformer(
-                inputs_1T, torch.zeros_like(inputs_1T), positions_1T, dtype=torch.float32, mode=CAUSAL
+                inputs_1T, torch.zeros_like(inputs_1T), positions_1T, dtype=torch.float32, mode=CAUSAL._replace(tell=True)
             )
             logits_TV = (hidden_1TD[0] @ self._transformer.head_DV(torch.float32)).numpy()
         if "moe" not in metrics:
@@ -92,19 +92,23 @@ class Theirs:
 
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        with contextlib.redirect_stderr(io.StringIO()):  # it reports there what is raised below
-            self._model, told = getattr(transformers, ARCHITECTURES[form]).from_pretrained(
-                directory,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                attn_implementation="sdpa",
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # it reports there what is raised below
+                self._model, told = getattr(transformers, ARCHITECTURES[form]).from_pretrained(
+                    directory,
+                    local_files_only=True,
+                    trust_remote_code=False,
+                    use_safetensors=True,
+                    attn_implementation="sdpa",
+                    dtype=torch.float32,
+                    output_loading_info=True,
+                )
+        except Exception as error:  # what the library raises
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            raise CheckpointError(f"transformers cannot load this {form} model: {said}; nothing was written") from error
         for what, names in told.items():
             if names:
-                raise CheckpointError(f"{directory}: transformers finds {what.replace('_', ' ')}: {sorted(map(str, names))[0]}")
+                raise CheckpointError(f"transformers finds {what.replace('_', ' ')}: {sorted(map(str, names))[0]}")
         self._model.eval()
 
     def logits(self, ids_T: np.ndarray) -> np.ndarray:
@@ -221,10 +225,11 @@ def greedy(ours: Ours, theirs: Theirs, prompt_T: np.ndarray, vocabulary: int) ->
 # -------------------------------------------------------------------------------------------------------------- ids
 
 
-def compare_ids(directory: Path, tokenizer: Tokenizer, texts: list[str], chat: bool) -> dict[str, Any]:
-    """Whether transformers' tokenizer gives the same ids. Raises CheckpointError, with the text, when not."""
-    theirs = load_tokenizer(directory)
-    texts = [*texts, *HARD_TEXTS]
+def compare_ids(theirs: Any, tokenizer: Tokenizer, texts: list[str], chat: bool) -> dict[str, Any]:
+    """Whether a tokenizer of transformers gives the same ids, of conversations as well if `chat`.
+
+    Raises CheckpointError, with the text, when not.
+    """
     for text in texts:
         # Lumina encodes no text to a control token; they do unless told not to.
         if theirs(text, split_special_tokens=True, add_special_tokens=False)["input_ids"] != tokenizer.encode(text):
@@ -239,11 +244,13 @@ def compare_ids(directory: Path, tokenizer: Tokenizer, texts: list[str], chat: b
     return same | ({"chat_equal": True} if chat else {})
 
 
-def load_tokenizer(directory: Path) -> Any:
-    """transformers' tokenizer of the files in a directory; nothing else is read, and no code of theirs is run."""
+def load_tokenizer(directory: Path, alone: bool = False) -> Any:
+    """transformers' tokenizer of a directory, of tokenizer.json `alone` if asked; no code in the directory is run."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    if alone:
+        return transformers.PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))
     return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 

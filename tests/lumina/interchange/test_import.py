@@ -112,6 +112,7 @@ def test_missing_control_tokens_get_rows_that_are_the_mean(tmp_path):
     _, tensors = write(tmp_path / "given", "llama", model)
     out, told = imported(tmp_path / "given")
     assert told["rows_added"] == 4
+    assert told["tokenizer"]["texts"] == 300
     config, found, _ = state.load(out)
     assert config.model.vocab_size == ours.vocab_size
     assert np.array_equal(found.weights["embedding.weight"][: words + 2], tensors["embedding.weight"])
@@ -278,6 +279,12 @@ def test_an_adapter_beside_the_weights_is_not_applied(given):
     (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere/else"}')
     (directory / "modeling_evil.py").write_text("raise SystemExit")
     imported(directory)
+
+
+def test_what_transformers_itself_cannot_load_is_told_in_a_line(given):
+    directory, _, _ = given("llama", attention_dropout="much")
+    with pytest.raises(CheckpointError, match=r"^transformers cannot load this llama model: .*; nothing was written$"):
+        imported(directory)
 
 
 def test_a_directory_without_a_tokenizer_or_config_is_refused(given, tmp_path):
