@@ -133,6 +133,7 @@ REFUSED = {
     "model_type": ("llama", {"model_type": "gpt2"}, "model_type = 'gpt2': must be one of llama, mixtral, qwen3_moe"),
     "rope_scaling": ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling = "),
     "rope_parameters": ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters = "),
+    "factor": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters = "),
     "partial": ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "window": ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096"),
     "window in qwen": ("qwen3 top-2", {"sliding_window": 4096, "use_sliding_window": True}, "sliding_window = 4096"),
@@ -278,6 +279,8 @@ def test_an_adapter_beside_the_weights_is_not_applied(given):
     directory, _, _ = given("llama")
     (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "somewhere/else"}')
     (directory / "modeling_evil.py").write_text("raise SystemExit")
+    with importing.weights_alone(directory, ["model.safetensors"]) as alone:
+        assert sorted(path.name for path in alone.iterdir()) == ["config.json", "model.safetensors"]
     imported(directory)
 
 
