@@ -154,7 +154,7 @@ def _halves(token: bytes, rank_of: dict[bytes, int]) -> tuple[bytes, bytes] | No
 def oniguruma(pattern: str) -> str:
     r"""A pattern of tiktoken (fancy-regex) for the engine of `tokenizers` (Oniguruma, in Ruby's syntax).
 
-    There `{1,3}+` repeats a repetition instead of being possessive, which a pattern's last item need not be. `$` is also a line's
-    end, but the `\s++` before it leaves no line end to stop at.
+    There `{1,3}+` repeats a repetition instead of being possessive, which a pattern's last item need not be. `$` is also a
+    line's end, but the `\s++` before it leaves no line end to stop at.
     """
     return pattern.replace(r"\p{N}{1,3}+", r"\p{N}{1,3}")
