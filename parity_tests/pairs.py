@@ -35,6 +35,10 @@ CASES = {
 }
 
 
+# XLA compiles the same program without LLVM's optimisations, in half the time: for what is compiled to run a few times.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
 def patterned_batch(seed: int) -> dict[str, np.ndarray]:
     """Rows that can be learned, each token but one in ten told by the one before it: on noise alone rounding grows a
     thousandfold in 200 steps, as it does wherever a model learns by heart."""
@@ -56,7 +60,7 @@ def in_float64(state: TrainState, twin: lumina_torch.step.TrainState) -> TrainSt
 def pair(config: Config) -> tuple[Any, TrainState, lumina_torch.step.TrainState]:
     """(graph definition, JAX's state, PyTorch's state with the same weights)."""
     graphdef = state_shapes(config)[1]
-    state = jax.jit(lambda: init_state(config)[1])()
+    state = jax.jit(lambda: init_state(config)[1], compiler_options=QUICK)()
     twin = lumina_torch.step.init_state(config)
     load_state(twin.transformer, named(config, state))
     return graphdef, state, twin
@@ -87,14 +91,14 @@ def distance(ours: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> floa
 def make_decisions(graphdef: Any, dtype: Any) -> Any:
     """decisions(state, batch) -> what JAX's training step is about to choose, and how nearly it chose otherwise."""
 
-    @jax.jit
     def decisions(variables: Any, batch: dict[str, Any]) -> dict[str, Any]:
         rows = (batch["inputs"], batch["segments"], batch["positions"])
         mode = Mode(training=True, top=True, tell=True)
         metrics = merge(graphdef, variables)(*rows, dtype=dtype, mode=mode)[1]
         return {name: value for group in metrics.values() for name, value in group.items() if np.ndim(value) > 2}
 
-    return lambda state, batch: jax.device_get(decisions(state.variables, batch))
+    compiled = jax.jit(decisions, compiler_options=QUICK)
+    return lambda state, batch: jax.device_get(compiled(state.variables, batch))
 
 
 class Router:

@@ -10,7 +10,18 @@ import torch
 import lumina_jax.step
 import lumina_torch.step
 from parity_tests.lanes import record
-from parity_tests.pairs import CASES, Router, distance, in_float64, make_decisions, named, pair, patterned_batch, twin_named
+from parity_tests.pairs import (
+    CASES,
+    QUICK,
+    Router,
+    distance,
+    in_float64,
+    make_decisions,
+    named,
+    pair,
+    patterned_batch,
+    twin_named,
+)
 
 STEPS = 200
 
@@ -22,7 +33,7 @@ def trained(config, replay: bool, double: bool = False) -> tuple[float, Router]:
     state = in_float64(state, twin) if double else state
     dtype, twin_dtype = (jnp.float64, torch.float64) if double else (jnp.float32, torch.float32)
     decisions, router = make_decisions(graphdef, dtype), Router(config, replay)
-    step = jax.jit(lumina_jax.step.make_train_step(config, graphdef, dtype=dtype), donate_argnums=0)
+    step = jax.jit(lumina_jax.step.make_train_step(config, graphdef, dtype=dtype), donate_argnums=0, compiler_options=QUICK)
     twin_step = lumina_torch.step.make_train_step(config, dtype=twin_dtype)
     knobs, twin_knobs = lumina_jax.step.controls(config), lumina_torch.step.controls(config)
     start = named(config, state)
