@@ -686,7 +686,17 @@ def test_importing_all_of_lumina_jax_loads_no_torch():
     assert not loaded & {"torch", "lumina_torch"}
 
 
-@pytest.mark.parametrize(("package", "forbidden"), [("lumina", BACKENDS), ("lumina_jax", {"torch", "lumina_torch"})])
+MAY_KNOW = {"lumina/interchange/verify.py": {"torch"}}  # asks transformers what it computes, when an export is verified
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        ("lumina", BACKENDS),
+        ("lumina_jax", {"torch", "lumina_torch"}),
+        ("lumina_torch", (BACKENDS - {"torch"}) | {"lumina_jax"}),
+    ],
+)
 def test_no_source_imports_what_it_may_not_know(package, forbidden):
     files = sorted((ROOT / package).rglob("*.py"))
     assert len(files) > 10
@@ -694,7 +704,8 @@ def test_no_source_imports_what_it_may_not_know(package, forbidden):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.partition(".")[0] for name in names} & forbidden, f"{file}:{node.lineno}"
+            known = forbidden - MAY_KNOW.get(file.relative_to(ROOT).as_posix(), set())
+            assert not {name.partition(".")[0] for name in names} & known, f"{file}:{node.lineno}"
 
 
 def test_steps_lowered_to_the_checkpoint_give_a_result(tmp_path):
