@@ -10,7 +10,7 @@ BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 LOCKED := pyproject.toml requirements.lock
 
-.PHONY: help setup setup-dev train test check mutants faults format bench lock hooks clean
+.PHONY: help setup setup-dev train test parity check mutants faults format bench lock hooks clean
 .NOTPARALLEL:
 
 help: ## list these tasks
@@ -26,6 +26,9 @@ train: $(VENV)/.core ## train the debug model: three minutes on two CPU cores
 
 test: $(VENV)/.dev ## run the tests; ARGS=tests/lumina runs some of them
 	$(BIN) -m pytest $(PYTEST_ARGS) $(ARGS)
+
+parity: $(VENV)/.dev ## hold JAX and PyTorch against each other, and write docs/parity.md
+	$(BIN) -m parity_tests.lanes $(ARGS)
 
 check: $(VENV)/.dev ## lint (with security rules), formatting, types
 	$(BIN) -m ruff check .
