@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from lumina.config import Config, MoDConfig, ModelConfig, layer_pattern
+from lumina.config import Config, MoDConfig, ModelConfig
+from lumina.validation import layer_pattern
 
 
 class Segment(NamedTuple):

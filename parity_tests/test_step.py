@@ -16,7 +16,8 @@ import lumina_jax.optimizer
 import lumina_jax.step
 import lumina_torch.optimizer
 import lumina_torch.step
-from lumina.config import SCHEDULES, Config, OptimConfig
+from lumina.config import Config, OptimConfig
+from lumina.validation import SCHEDULES
 from lumina_jax.model import Variables, by_canonical_name, from_canonical_names
 from lumina_torch.device import fetch
 from lumina_torch.model import state_by_name

@@ -255,7 +255,7 @@ def find(run: RunDirectory, best: bool = False) -> int:
                 raise CheckpointError(f"{steps.directory(chosen)}: damaged: {wrong[0]}")
             return int(chosen)
         return step
-    raise CheckpointError(f"{steps.path}: no whole checkpoint; train the run with `python -m lumina_jax.train`")
+    raise CheckpointError(f"{steps.path}: no whole checkpoint; train the run first")
 
 
 def written_by(directory: Path) -> str:

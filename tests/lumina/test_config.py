@@ -9,6 +9,7 @@ import pytest
 
 from lumina import config as c
 from lumina.errors import ConfigError, UsageError
+from lumina.validation import layer_pattern
 
 DEBUG = c.PRESET_DIRECTORY / "debug.py"
 PRESETS = [name for name in c.presets() if name != "auto"]
@@ -258,13 +259,13 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     ],
 )
 def test_patterns_select_layers(pattern, layers):
-    assert [i for i, selected in enumerate(c.layer_pattern(pattern, 7)) if selected] == layers
+    assert [i for i, selected in enumerate(layer_pattern(pattern, 7)) if selected] == layers
 
 
 @pytest.mark.parametrize("pattern", ["every_0", "every_", "7", "-1", "", "1,,2", "1;2"])
 def test_patterns_that_mean_nothing_are_refused(pattern):
     with pytest.raises(ConfigError, match=r"model\.moe\.pattern"):
-        c.layer_pattern(pattern, 7, "model.moe.pattern")
+        layer_pattern(pattern, 7, "model.moe.pattern")
 
 
 def test_ml_collections_applies_flags_to_a_preset_file():

@@ -187,7 +187,7 @@ def test_a_new_run_has_nothing_to_restore(opened):
 
 
 def test_a_run_without_a_checkpoint_is_refused_for_generation(tmp_path):
-    with pytest.raises(CheckpointError, match="no whole checkpoint; train the run with"):
+    with pytest.raises(CheckpointError, match="no whole checkpoint; train the run"):
         load(RunDirectory(tmp_path), like())
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lumina.architecture import layer_kinds, layer_plan
-from lumina.config import SCHEDULES, OptimConfig
+from lumina.config import OptimConfig
+from lumina.validation import SCHEDULES
 from lumina_jax.model import canonical_names, create
 from lumina_jax.optimizer import decay_mask, make_optimizer, schedule
 from tests.lumina_jax.oracles import assert_close

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from lumina.architecture import tensor_table
-from lumina.config import SCHEDULES, OptimConfig
+from lumina.config import OptimConfig
+from lumina.validation import SCHEDULES
 from lumina_torch.model import create
 from lumina_torch.optimizer import (
     clip_factor,
