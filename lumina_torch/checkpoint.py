@@ -35,17 +35,18 @@ class Checkpoints(checkpoints.Checkpoints):
         device: torch.device | str = "cpu",
         backup: Callable[[int], Path] | None = None,
         origin: Callable[[], tuple[TrainState, Record]] | None = None,
+        writes: bool = True,
     ):
         """As of `lumina.runs.checkpoints`; `config` and `device` say what a state is, and where."""
         self._model_config, self._device = config, device
         self._wanted = shapes(config)
-        super().__init__(run, config.checkpoint, events, backup, origin=origin)
+        super().__init__(run, config.checkpoint, events, backup, writes, origin)
 
     def _bytes(self) -> int:
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in self._wanted.values())
 
-    def _on_host(self, state: TrainState) -> tuple[State, dict[str, Record], str]:
-        host = to_state(state)
+    def _on_host(self, state: TrainState | State) -> tuple[State, dict[str, Record], str]:
+        host = state if isinstance(state, State) else to_state(state)
         named = arrays(host)
         found = digests(named)
         leaves = {n: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": found[n]} for n, a in named.items()}

@@ -5,7 +5,7 @@ B rows, T positions, D model width, V vocabulary, L layers.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -202,16 +202,20 @@ def make_caches(model: ModelConfig, batch: int, dtype: torch.dtype, device: torc
 
 def create(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Transformer:
     """Initialise. A tensor's values depend on the seed and its canonical name, and on no device."""
-    transformer, named = Transformer(model, device), {}
+    transformer = Transformer(model, device)
+    load_state(transformer, dict(initial_values(model, seed)))
+    return transformer
+
+
+def initial_values(model: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """What `create` sets, on the host, by canonical name in the order of the table, one at a time."""
     for tensor in tensor_table(model):
         if tensor.std is None:
-            named[tensor.name] = torch.full(tensor.shape, tensor.constant)
+            yield tensor.name, torch.full(tensor.shape, tensor.constant)
         else:
             # The generator takes 32 bits and ignores the rest.
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {tensor.name}".encode()))
-            named[tensor.name] = tensor.std * torch.randn(tensor.shape, generator=generator)
-    load_state(transformer, named)
-    return transformer
+            yield tensor.name, tensor.std * torch.randn(tensor.shape, generator=generator)
 
 
 def state_by_name(transformer: Transformer) -> dict[str, Tensor]:

@@ -73,8 +73,8 @@ def decay_mask(config: Config) -> dict[str, bool]:
     return {tensor.name: tensor.decayed for tensor in tensor_table(config.model) if tensor.trained}
 
 
-def make_optimizer(config: Config, transformer: nn.Module) -> torch.optim.AdamW:
-    """AdamW with decoupled decay of the marked parameters; `update` sets the learning rate.
+def make_optimizer(config: Config, transformer: nn.Module, kind: Callable[..., Any] = torch.optim.AdamW) -> Any:
+    """AdamW, or a `kind` of it, with decoupled decay of the marked parameters; `update` sets the learning rate.
 
     Fused: of 15 million parameters on two cores it takes 10 ms, where foreach takes 42 and a loop over tensors 30 (measured).
     """
@@ -84,7 +84,7 @@ def make_optimizer(config: Config, transformer: nn.Module) -> torch.optim.AdamW:
         {"params": [p for name, p in named if decayed[name]], "weight_decay": optim.weight_decay},
         {"params": [p for name, p in named if not decayed[name]], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+    return kind(groups, lr=1.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def gradients_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

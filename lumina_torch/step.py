@@ -72,6 +72,26 @@ def controls(config: Config, update: bool = True, stop_N: Any = None) -> Control
     return Controls(1.0, moe.balance_weight, moe.z_weight, mod.predictor_weight, update, stop_N)
 
 
+def _alone(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _directly(transformer: Transformer, function: Callable[..., Any], *rest: Any) -> Any:
+    return function(transformer, *rest)
+
+
+class Share(NamedTuple):
+    """What of a step one process does, of several that make it together."""
+
+    part: tuple[int, int] = (0, 1)  # its number from 0, and how many there are; each has as many rows
+    total: Callable[[Tensor], Tensor] = _alone  # the sum of what each has
+    run: Callable[..., Any] = _directly  # (transformer, function, *rest) -> function(transformer, *rest)
+    backward: Callable[[Tensor], Any] = Tensor.backward
+
+
+ALONE = Share()
+
+
 def init_state(config: Config, device: torch.device | str = "cpu") -> TrainState:
     """A fresh state on `device`; with `config.torch.compile` its layers are compiled when they first run."""
     transformer = create(config.model, config.train.seed, device)
@@ -159,17 +179,18 @@ def settle(config: Config, state: TrainState, loss: float, norm: float, good: bo
 
 
 def make_gradients(
-    config: Config, token_bytes: Any, dtype: torch.dtype | None, device: torch.device
+    config: Config, token_bytes: Any, dtype: torch.dtype | None, device: torch.device, share: Share = ALONE
 ) -> Callable[[TrainState, Batch, Controls], Metrics]:
     """gradients(state, batch, controls) -> metrics: adds the batch's gradients, times the loss scale, to every `.grad`.
 
-    Arguments as in `make_train_step`. The state stays as it is.
+    Arguments as in `make_train_step`. The state stays as it is. With a `share`, `batch` has the rows of this process, its
+    gradients are its part of the sum, and the metrics are those of all.
     """
     dtype, M = dtype or getattr(torch, config.train.compute_dtype), config.train.micro_batches
     token_bytes_V = None if token_bytes is None else torch.as_tensor(np.asarray(token_bytes, np.int64), device=device)
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
     has_experts = any(kind.startswith("moe") for kind in layer_kinds(config.model))
-    balance_over = config.model.moe.balance_over
+    balance_over, (number, processes) = config.model.moe.balance_over, share.part
     if balance_over == "batch" and M == 1:
         balance_over = "micro_batch"
 
@@ -182,45 +203,58 @@ def make_gradients(
         transformer: Transformer, micro: Batch, weight: Tensor, knobs: Controls, draw: Draw | None, load_LA: Tensor | None
     ) -> tuple[Tensor, Metrics]:
         hidden_BTD, by_row = hidden(transformer, micro, draw)
-        metrics = _summarise(by_row, balance_over, load_LA)
+        metrics = _summarise(by_row, balance_over, load_LA, share)
         flat_ND, targets_N = hidden_BTD.flatten(0, 1), micro["targets"].flatten()
         sums = cross_entropy(flat_ND, transformer.head_DV(dtype), targets_N, micro["weights"].flatten())
         loss = sums.loss / weight
         # Counts add up; every other metric is a mean over rows and carries its share.
-        metrics = _each(lambda a: a / M if a.is_floating_point() else a, metrics)
+        metrics = _each(lambda a: a / (M * processes) if a.is_floating_point() else a, metrics)
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def gradients(state: TrainState, batch: Batch, knobs: Controls) -> Metrics:
-        weight, rows = batch["weights"].sum(), range(batch["inputs"].shape[0])
+        weight, B = share.total(batch["weights"].sum()), batch["inputs"].shape[0]
+        rows = range(number * B, (number + 1) * B)
         # Every M-th row: so a micro-batch has the same rows on any number of processes.
         micros = [{name: array[m::M] for name, array in batch.items()} for m in range(M)]
         draws = [Draw(config.train.seed, state.step, tuple(rows[m::M])) if random else None for m in range(M)]
         batch_load_LA = None
         if balance_over == "batch" and has_experts:  # known only when every row has been routed once
             with torch.no_grad():
-                loads = [hidden(state.transformer, *part)[1]["moe"]["load_BA"] for part in zip(micros, draws, strict=True)]
-            batch_load_LA = torch.cat(loads, dim=1).sum(1)
+                parts = [share.run(state.transformer, hidden, *part)[1] for part in zip(micros, draws, strict=True)]
+            batch_load_LA = share.total(torch.cat([part["moe"]["load_BA"] for part in parts], dim=1).sum(1))
         scale = state.loss_scale.scale if state.loss_scale else 1.0
         total: Metrics = {}
         for micro, draw in zip(micros, draws, strict=True):
-            objective, metrics = micro_loss(state.transformer, micro, weight, knobs, draw, batch_load_LA)
-            (objective * scale).backward()
+            objective, metrics = share.run(state.transformer, micro_loss, micro, weight, knobs, draw, batch_load_LA)
+            share.backward(objective * scale)
             metrics = _each(Tensor.detach, metrics)
             total = _each(torch.add, total, metrics) if total else metrics
         total["stop"] = torch.tensor(int(np.sum(knobs.stop_N)), dtype=torch.int32)
         if token_bytes_V is not None:
             total["text_bytes"] = _text_bytes(token_bytes_V, batch)
-        return total
+        return totals(total, share)
 
     return gradients
 
 
-def _each(function: Callable[..., Tensor], *trees: Metrics) -> Metrics:
+def _each(function: Callable[..., Any], *trees: Metrics) -> Metrics:
     """`function` of each tensor, or of tensors of one name."""
     return {
         name: _each(function, *(tree[name] for tree in trees)) if isinstance(of, dict) else function(*(t[name] for t in trees))
         for name, of in trees[0].items()
     }
+
+
+def totals(metrics: Metrics, share: Share) -> Metrics:
+    """The sums over all processes, by one reduction; whole numbers below 2^53 stay exact."""
+    if share.part[1] == 1:
+        return metrics
+    leaves: list[Tensor] = []
+    _each(leaves.append, metrics)
+    device = max((a.device for a in leaves), key=lambda device: device.type != "cpu")
+    flat_N = share.total(torch.cat([a.detach().reshape(-1).to(device, torch.float64) for a in leaves]))
+    parts = iter(flat_N.split([a.numel() for a in leaves]))
+    return _each(lambda a: next(parts).reshape(a.shape).to(a.dtype), metrics)
 
 
 def _auxiliary(metrics: Metrics, knobs: Controls) -> Tensor | float:
@@ -234,7 +268,7 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> Tensor | float:
     return total
 
 
-def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None) -> Metrics:
+def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None, share: Share) -> Metrics:
     """Metrics by layer from what the layers tell by row. Loads are counted over `balance_over` for the balance loss."""
     summary: Metrics = {}
     if "moe" in metrics:
@@ -242,7 +276,7 @@ def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None
         load_LBA, share_LBA = experts["load_BA"], experts["share_BA"]
         load_LA = load_LBA.sum(1)
         if balance_over == "micro_batch":
-            load_LBA = load_LA[:, None]
+            load_LBA = share.total(load_LA)[:, None]
         elif balance_over == "batch" and batch_load_LA is not None:
             load_LBA = batch_load_LA[:, None]
         summary["moe"] = {

@@ -23,6 +23,7 @@ from lumina.runs.origin import Origin
 
 if TYPE_CHECKING:  # torch is imported when a run and its data are in order
     from lumina_torch.checkpoint import Checkpoints
+    from lumina_torch.model import Transformer
     from lumina_torch.step import TrainState
 
 TORCH = train.Framework(
@@ -39,25 +40,37 @@ def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = Fal
 
     Returns the exit code: 0 when done, 75 when a signal stopped it and all is saved.
     """
-    _require_one_device(config)
-    return train.train_and_evaluate(TORCH, Trainer, config, workdir, accept_changes)
+    _require_processes(config)
+    return train.train_and_evaluate(TORCH, _make, config, workdir, accept_changes)
 
 
-def _require_one_device(config: Config) -> None:
-    """Raise a ConfigError or UsageError for what takes several."""
-    if config.mesh.data not in (-1, 1):
-        raise ConfigError(f"mesh.data = {config.mesh.data}: lumina_torch has one device a process; -1 or 1 would work")
-    stage = config.torch.deepspeed.zero_stage
-    if stage != "off":
-        raise ConfigError(f"torch.deepspeed.zero_stage = {stage!r}: this trainer has one process; off would work")
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        raise UsageError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: this trainer has one process; start it without torchrun")
+def _require_processes(config: Config) -> None:
+    """Raise a ConfigError or UsageError unless config and environment agree on how many processes there are."""
+    processes = os.environ.get("WORLD_SIZE") or "1"
+    if config.mesh.data not in (-1, 1) and str(config.mesh.data) != processes:
+        raise ConfigError(
+            f"mesh.data = {config.mesh.data}: lumina_torch has one device a process; -1 or {processes} would work"
+        )
+    if config.torch.deepspeed.zero_stage == "off" and processes != "1":
+        raise UsageError(
+            f"WORLD_SIZE = {processes}: several processes train one model with DeepSpeed; "
+            "set --config.torch.deepspeed.zero_stage=0"
+        )
+
+
+def _make(config: Config) -> "Trainer":
+    if config.torch.deepspeed.zero_stage == "off":
+        return Trainer(config)
+    from lumina_torch.zero_train import ZeroTrainer
+
+    return ZeroTrainer(config)
 
 
 class Trainer:
     """See `lumina.runs.train.Trainer`. One process with one device."""
 
     part: tuple[int, int] = (0, 1)
+    samples_together = False  # whether all processes take part when one generates
 
     def __init__(self, config: Config):
         import torch
@@ -119,12 +132,10 @@ class Trainer:
         from lumina_torch.device import fetch
         from lumina_torch.evaluate import evaluate
         from lumina_torch.generate import Generator
-        from lumina_torch.step import controls, init_state, make_eval_step, make_train_step
+        from lumina_torch.step import controls
 
-        config, policy, tokenizer = self.config, self.policy, text.corpus.tokenizer
-        token_bytes = tokenizer.token_bytes()
-        step = make_train_step(config, token_bytes, policy.dtype, policy.device, policy.pin_memory)
-        eval_step = make_eval_step(config, token_bytes, policy.dtype, device=policy.device)
+        config, tokenizer = self.config, text.corpus.tokenizer
+        step, eval_step = self.make_steps(tokenizer.token_bytes())
         seen: set[float] = set()  # depth capacities that have been compiled
 
         def train_step(number: int, state: Any, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
@@ -141,20 +152,43 @@ class Trainer:
             return evaluate(eval_step, state.transformer, text.held_out.evaluation(config.train.eval_rows), alive)
 
         def sample(state: Any, count: int) -> list[str]:
-            generator = Generator(config, state.transformer, tokenizer)
+            transformer = self.whole(state)
+            if transformer is None:
+                return []
+            generator = Generator(config, transformer, tokenizer)
             prompt = config.monitor.sample_prompt
             length = min(config.monitor.sample_tokens, generator.room(prompt))
             return [prompt + "".join(generator.text(prompt, length, Sampling(seed=seed))) for seed in range(count)]
 
         return Backend(
-            fresh=lambda: init_state(config, policy.device),
+            fresh=self.fresh,
             train_step=train_step,
             fetch=fetch,
             steps_of=self.steps_of,
             evaluate=held_out_loss,
             sample=sample,
+            processes=self.part[1],
             writes=writes,
+            samples_together=self.samples_together,
         )
+
+    def fresh(self) -> "TrainState":
+        """The state before the first step."""
+        from lumina_torch.step import init_state
+
+        return init_state(self.config, self.policy.device)
+
+    def make_steps(self, token_bytes: np.ndarray) -> tuple[Callable, Callable]:
+        """(the training step, the evaluation step)."""
+        from lumina_torch.step import make_eval_step, make_train_step
+
+        policy = self.policy
+        step = make_train_step(self.config, token_bytes, policy.dtype, policy.device, policy.pin_memory)
+        return step, make_eval_step(self.config, token_bytes, policy.dtype, device=policy.device)
+
+    def whole(self, state: "TrainState") -> "Transformer | None":
+        """The model, for generation; None in a process that has none to generate with."""
+        return state.transformer
 
 
 def set_depth_capacity(transformer: Any, capacity: float) -> None:

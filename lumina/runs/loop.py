@@ -39,6 +39,7 @@ class Backend:
     sample: Callable[[Any, int], list[str]]  # state, count -> texts
     processes: int = 1
     writes: bool = True  # whether this process is the one that writes
+    samples_together: bool = False  # whether all call `sample`, of which the others return nothing
 
 
 class Loop:
@@ -125,8 +126,9 @@ class Loop:
             if evaluating or sampling or saving:
                 self._judge(self.reporter.flush())
                 best = evaluating and self._evaluate()
-                if sampling and self.backend.writes:
-                    self.console.say(printable(self.sample(1)[0]))
+                if sampling:
+                    for text in self.sample(1):
+                        self.console.say(printable(text))
                 if saving or best or self._out_of_patience():
                     self._save()
                 self.watchdog.alive()
@@ -148,8 +150,12 @@ class Loop:
         self.watchdog.alive()
 
     def sample(self, count: int) -> list[str]:
-        """Continuations of the config's prompt, also kept in samples/."""
+        """Continuations of the config's prompt, also kept in samples/; nothing in a process that does not write."""
+        if not (self.backend.writes or self.backend.samples_together):
+            return []
         samples = self.backend.sample(self.state, count)
+        if not self.backend.writes:
+            return []
         try:
             self.run_directory.samples.mkdir(exist_ok=True)
             path = self.run_directory.samples / f"{self.step}.txt"

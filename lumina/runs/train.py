@@ -184,13 +184,14 @@ def _train_and_evaluate(
     # ----------------------------------------------------------------------------------------------------- the result
     if outcome == "stopped early":
         console.say(f"stopped early: {config.train.early_stopping} evaluations without improvement")
+    samples = loop.sample(SAMPLES)
     if writes:
         progress, step = loop.progress, loop.step
         result = {"step": step, "stopped_early": outcome == "stopped early", "held_out": progress.last}
         result["best_step"] = progress.best_step
         if config.train.eval_rows == 0:
             result["compressors"] = report.compressors(report.evaluated_text(corpus, text.held_out))
-        result["samples"] = loop.sample(SAMPLES)
+        result["samples"] = samples
         run.write_result(result)
         events.write("finished", step)
         report.print_result(run, result)

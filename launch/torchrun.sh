@@ -1,0 +1,23 @@
+#!/bin/sh
+# Train on the devices of this machine with torchrun: launch/torchrun.sh [more flags for the trainer]
+# On several machines, run it on each with NODES, NODE and ADDRESS set. DRY_RUN=1 prints the command.
+set -eu
+
+PROCESSES=${PROCESSES:-2}                # on this machine, one a device
+NODES=${NODES:-1}                        # machines
+NODE=${NODE:-0}                          # the number of this one, from 0
+ADDRESS=${ADDRESS:-127.0.0.1}            # of machine 0
+PORT=${PORT:-29500}                      # free on machine 0
+CONFIG=${CONFIG:-configs/debug.py}
+WORKDIR=${WORKDIR:-runs/debug-torch}
+STAGE=${STAGE:-auto}                     # of ZeRO: auto, 0, 1, 2 or 3
+PYTHON=${PYTHON:-.venv/bin/python}
+
+set -- "$PYTHON" -m torch.distributed.run --nproc-per-node "$PROCESSES" --nnodes "$NODES" --node-rank "$NODE" \
+    --master-addr "$ADDRESS" --master-port "$PORT" \
+    -m lumina_torch.train --config "$CONFIG" --workdir "$WORKDIR" --config.torch.deepspeed.zero_stage="$STAGE" "$@"
+if [ -n "${DRY_RUN:-}" ]; then
+    echo "$@"
+else
+    exec "$@"
+fi
