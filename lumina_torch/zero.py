@@ -259,7 +259,8 @@ class Zero:
         tensor = torch.empty(shape, dtype=dtype, device=self.policy.device)
         if self.place.number == 0:
             tensor.copy_(values if isinstance(values, Tensor) else torch.from_numpy(np.array(values)))
-        dist.broadcast(tensor, 0)
+        if tensor.numel():
+            dist.broadcast(tensor, 0)
         return tensor
 
     def _named(self) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import lumina_torch.device
 import lumina_torch.train
 from lumina.config import save, validate
 from lumina.errors import ConfigError, UsageError
-from lumina.interchange.state import MOMENTS, read, write
+from lumina.interchange.state import MOMENTS, arrays, read, write
 from lumina.interchange.state import load as load_state
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
@@ -257,6 +257,15 @@ def test_a_state_goes_on_at_another_stage(both, stage):
     for found, expected in zip(both.told[f"resumed {stage}"], both.plain["hybrid"][HALF:], strict=True):
         assert_metrics(found, expected)
     assert distance(read(both.out / f"resumed {stage}"), to_state(both.states["hybrid"])) < 1e-5
+
+
+@needs_deepspeed
+def test_weights_alone_begin_a_state_that_is_fresh(both):
+    expected = to_state(init_state(cases()["hybrid"]))
+    expected.weights = read(both.out / "begin").weights
+    found, wanted = (arrays(state) for state in (read(both.out / "weights alone"), expected))
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[name], wanted[name], equal_nan=True) for name in wanted)
 
 
 @needs_deepspeed

@@ -14,7 +14,7 @@ import torch
 
 from lumina.config import load as load_config
 from lumina.errors import ConfigError
-from lumina.interchange.state import read, write
+from lumina.interchange.state import State, read, write
 from lumina_torch.device import choose_device, fetch
 from lumina_torch.processes import agreed, in_any, place_of, require_same
 from lumina_torch.step import controls
@@ -159,6 +159,9 @@ def main(out):
                     begun = zero.load(read(half) if place.number == 0 else None)
                     run(place, zero, begun, HALF, STEPS, told.setdefault(f"resumed {stage}", []))
                     keep(zero, begun, out / f"resumed {stage}")
+                else:
+                    weights = State(7, read(out / "begin").weights) if place.number == 0 else None
+                    keep(zero, zero.load(weights), out / "weights alone")
             zero.engine.destroy()
         zero = Zero(cases()["moe"], policy, place, stage)
         refused_updates(place, zero, told.setdefault(f"refused {stage}", []))
