@@ -21,6 +21,7 @@ import lumina_torch.device
 import lumina_torch.train
 from lumina.config import save, validate
 from lumina.errors import ConfigError, UsageError
+from lumina.flags import parse
 from lumina.interchange.state import MOMENTS, arrays, read, write
 from lumina.interchange.state import load as load_state
 from lumina.runs.directory import RunDirectory
@@ -132,6 +133,15 @@ def test_the_table_of_memory_in_the_docs_is_computed():
         row = [f"{bytes_a_parameter(stage, n):g}" for n in (1, 2, 8, 64)]
         row.append(f"{bytes_a_parameter(stage, 8, offload_optimizer=True):g}" if stage else "-")
         assert f"| {stage} | " + " | ".join(row) + " |" in told
+
+
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_a_launch_script_has_flags_that_the_trainer_takes(script):
+    command = [str(ROOT / "launch" / script), "--config.train.steps=300"]
+    said = subprocess.run(command, env=os.environ | {"DRY_RUN": "1"}, cwd=ROOT, check=True, capture_output=True, text=True)
+    words = said.stdout.split()
+    config, workdir, _ = parse("lumina_torch.train", words[words.index("lumina_torch.train") + 1 :])
+    assert (config.torch.deepspeed.zero_stage, config.train.steps, str(workdir)) == ("auto", 300, "runs/debug-torch")
 
 
 # --------------------------------------------------------------------------------------------------------- two processes
