@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+TESTS = ("parity_tests", "tests/lumina_torch/test_zero.py")
 RECORD = "LUMINA_PARITY_RECORD"  # a file to which each figure is added as a line of JSON
 
 
@@ -85,7 +86,7 @@ def main() -> None:
     out = parser.parse_args().out
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "figures.jsonl")
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "parity_tests"]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", *TESTS]
         done = subprocess.run(command, env=os.environ | {RECORD: str(path)}, check=False)
         if done.returncode:
             sys.exit(done.returncode)

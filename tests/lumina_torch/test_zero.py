@@ -31,6 +31,7 @@ from lumina_torch.device import decide, fetch
 from lumina_torch.processes import Place, place_of
 from lumina_torch.stages import bytes_a_parameter, choose_stage, deepspeed_config, require_possible
 from lumina_torch.step import controls, init_state, make_eval_step, make_train_step
+from parity_tests.lanes import record
 from tests.lumina_jax.tiny import tiny
 from tests.lumina_torch.zero_worker import HALF, STAGES, STEPS, TOKEN_BYTES, batch, cases, numbers
 
@@ -246,7 +247,7 @@ def test_two_processes_make_the_steps_of_one(both, name, stage):
         assert_metrics(found, expected)
     found = read(both.out / f"{name} {stage} {STEPS}")
     assert (found.step, found.updates) == (STEPS, STEPS)
-    assert distance(found, to_state(both.states[name])) < 1e-5
+    record("ZeRO", f"{name}, stage {stage}", distance(found, to_state(both.states[name])))
 
 
 @needs_deepspeed
@@ -266,7 +267,8 @@ def test_a_state_goes_on_at_another_stage(both, stage):
     """At stage 3 from one of stage 2; at 0 and 1 from one of a single process."""
     for found, expected in zip(both.told[f"resumed {stage}"], both.plain["hybrid"][HALF:], strict=True):
         assert_metrics(found, expected)
-    assert distance(read(both.out / f"resumed {stage}"), to_state(both.states["hybrid"])) < 1e-5
+    away = distance(read(both.out / f"resumed {stage}"), to_state(both.states["hybrid"]))
+    record("ZeRO", f"hybrid, resumed at stage {stage}", away)
 
 
 @needs_deepspeed
@@ -305,7 +307,11 @@ def test_what_is_bad_makes_no_update_anywhere(both, stage):
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_an_offloaded_optimizer_makes_the_same_steps(both, stage):
-    assert distance(read(both.out / f"offload {stage}"), to_state(both.states["moe"])) < 1e-5
+    record(
+        "ZeRO",
+        f"moe, stage {stage}, optimizer on the CPU",
+        distance(read(both.out / f"offload {stage}"), to_state(both.states["moe"])),
+    )
 
 
 @needs_deepspeed
