@@ -179,12 +179,10 @@ class DeepSpeedConfig:
     """How PyTorch's processes share a model; on CUDA, or on CPU with gloo."""
 
     zero_stage: str = "off"  # off, auto, or what the processes split: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights
-    offload_optimizer: str = "none"  # where the optimizer's state lives besides the device: none, cpu or nvme
-    offload_parameters: str = "none"  # stage 3: where the weights live: none, cpu or nvme
-    nvme_path: str = ""  # directory on a fast disk, for nvme
+    offload_optimizer: str = "none"  # where the optimizer's state lives besides the device: none or cpu
+    offload_parameters: str = "none"  # stage 3: where the weights live: none or cpu
     bucket_size: int = 500_000_000  # elements that are reduced or gathered at once
     overlap: bool = True  # reduce gradients while the backward pass goes on
-    partition_activations: bool = False  # with train.remat: what is kept of each layer is spread over the processes
 
 
 @dataclass

@@ -117,8 +117,8 @@ def validate(config: "Config") -> "Config":
         ("checkpoint", config.checkpoint, "init_part", ("state", "weights")),
         ("torch", config.torch, "device", ("auto", "cpu", "cuda", "mps")),
         ("torch.deepspeed", zero, "zero_stage", ("off", "auto", "0", "1", "2", "3")),
-        ("torch.deepspeed", zero, "offload_optimizer", ("none", "cpu", "nvme")),
-        ("torch.deepspeed", zero, "offload_parameters", ("none", "cpu", "nvme")),
+        ("torch.deepspeed", zero, "offload_optimizer", ("none", "cpu")),
+        ("torch.deepspeed", zero, "offload_parameters", ("none", "cpu")),
         ("guard", config.guard, "spike_action", ("skip", "rewind")),
     ):
         value = getattr(part, name)
@@ -201,7 +201,6 @@ def validate(config: "Config") -> "Config":
             value,
             f"needs torch.deepspeed.zero_stage = {' or '.join(stages)}",
         )
-        _require(value != "nvme" or bool(zero.nvme_path), f"torch.deepspeed.{name}", value, "needs torch.deepspeed.nvme_path")
     _require(config.guard.hang_seconds <= 1e6, "guard.hang_seconds", config.guard.hang_seconds, "must be at most 1e6; 0 is off")
     _require(config.guard.spike_window >= 2, "guard.spike_window", config.guard.spike_window, "must be at least 2")
     for name in ("min_ratio", "decay_fraction"):

@@ -55,17 +55,8 @@ def require_possible(config: Config, policy: Policy, place: Place) -> None:
         raise ConfigError("torch.deepspeed.zero_stage: DeepSpeed has no mps; off would work")
     if config.torch.compile:
         raise ConfigError("torch.compile = True: not with DeepSpeed, which hooks into the layers; False would work")
-    if zero.partition_activations:
-        raise ConfigError(
-            "torch.deepspeed.partition_activations = True: DeepSpeed spreads what processes hold in common, and here each has "
-            "its own rows; False, with train.remat=True, would work"
-        )
-    for name in ("offload_optimizer", "offload_parameters"):
-        where = getattr(zero, name)
-        if where == "nvme":
-            raise ConfigError(f"torch.deepspeed.{name} = 'nvme': a checkpoint would not reach what lies there; cpu would work")
-        if where == "cpu" and name == "offload_parameters" and policy.device.type == "cpu":
-            raise ConfigError(f"torch.deepspeed.{name} = 'cpu': they are there already; none would work")
+    if zero.offload_parameters == "cpu" and policy.device.type == "cpu":
+        raise ConfigError("torch.deepspeed.offload_parameters = 'cpu': they are there already; none would work")
     rows = train.batch_size // train.micro_batches
     if rows % place.processes:
         raise ConfigError(

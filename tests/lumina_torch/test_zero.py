@@ -90,9 +90,7 @@ def test_a_bucket_is_no_larger_than_the_model():
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        (sharing(offload_optimizer="nvme", nvme_path="/fast"), "offload_optimizer = 'nvme': a checkpoint would not reach"),
         (sharing("3", offload_parameters="cpu"), "offload_parameters = 'cpu': they are there already"),
-        (sharing(partition_activations=True), "partition_activations = True: DeepSpeed spreads"),
     ],
 )
 def test_what_cannot_be_is_refused(config, said):

@@ -43,8 +43,8 @@ FREE = {
     "data.workers",
     "torch.device",
     "torch.compile",
-    *(f"torch.deepspeed.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters", "nvme_path")),
-    *(f"torch.deepspeed.{name}" for name in ("bucket_size", "overlap", "partition_activations")),
+    *(f"torch.deepspeed.{name}" for name in ("zero_stage", "offload_optimizer", "offload_parameters")),
+    *(f"torch.deepspeed.{name}" for name in ("bucket_size", "overlap")),
 }
 
 
