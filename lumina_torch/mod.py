@@ -116,7 +116,7 @@ class MoD(nn.Module):
         target_BT = taken_BT.to(wide_BTD.dtype)
         learned = 0.0 if self.mod.router == "random" else 1.0
         metrics = {
-            "predictor_loss": learned * (F.softplus(causal_BT) - target_BT * causal_BT).mean(),
+            "predictor_loss": learned * F.binary_cross_entropy_with_logits(causal_BT, target_BT),
             "logit_BT": causal_BT.detach(),
             "taken_BT": taken_BT,
         }
