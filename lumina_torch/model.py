@@ -168,7 +168,8 @@ class Transformer(nn.Module):
         """
         x_BTD = F.embedding(inputs_BT, self.embedding.weight.to(dtype))
         if self.model.scale_embeddings:
-            x_BTD = x_BTD * torch.tensor(math.sqrt(self.model.d_model), dtype=torch.float32).to(dtype).item()
+            wide = torch.promote_types(dtype, torch.float32)
+            x_BTD = x_BTD * torch.tensor(math.sqrt(self.model.d_model), dtype=wide).to(dtype).item()
         places = Places(segments_BT, positions_BT)
         by_layer: list[Metrics] = []
         for number, block in enumerate(self.blocks):

@@ -4,6 +4,7 @@ B rows, T positions, S key positions, H query heads, K key/value heads, h head w
 """
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -76,9 +77,9 @@ def _flash(q_NHh, k_NKh, v_NKh, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_se
     bounds = cu_seqlens_q.tolist()
     assert bounds == cu_seqlens_k.tolist()
     assert (bounds[0], bounds[-1]) == (0, len(q_NHh))
-    assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in zip(bounds, bounds[1:], strict=False))
+    assert max_seqlen_q == max_seqlen_k == max(b - a for a, b in pairwise(bounds))
     group, out = q_NHh.shape[1] // k_NKh.shape[1], []
-    for a, b in zip(bounds, bounds[1:], strict=False):
+    for a, b in pairwise(bounds):
         assert a < b  # no empty document
         for n in range(a, b):
             keys, values = (x[a : n + 1].repeat_interleave(group, 1) for x in (k_NKh, v_NKh))

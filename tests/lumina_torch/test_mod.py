@@ -339,7 +339,9 @@ def test_what_experts_tell_stands_in_the_places_of_the_row():
         taken_BN, experts_BNk = metrics["mod"]["taken_BT"], metrics["moe"]["experts_BTk"]
         assert (experts_BNk[~taken_BN] == -1).all()
         assert (metrics["moe"]["margin_BT"][~taken_BN] == 0).all()
-        load_BA = [torch.bincount(experts[taken].flatten(), minlength=3) for experts, taken in zip(experts_BNk, taken_BN, strict=True)]
+        load_BA = [
+            torch.bincount(experts[taken].flatten(), minlength=3) for experts, taken in zip(experts_BNk, taken_BN, strict=True)
+        ]
         assert torch.stack(load_BA).tolist() == metrics["moe"]["load_BA"].tolist()
 
 

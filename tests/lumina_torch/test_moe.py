@@ -218,7 +218,7 @@ def _route(moe, logits_TE, bias_E=None):
 def test_of_equal_values_the_lower_index_is_highest(length):
     x = torch.randint(0, 3, (50, length), generator=torch.Generator().manual_seed(length)).float()
     values, indices = top(x, 4)
-    expected = [sorted(range(length), key=lambda i: (-row[i], i))[:4] for row in x.tolist()]  # noqa: B023
+    expected = [sorted(range(length), key=lambda i: (-row[i], i))[:4] for row in x.tolist()]
     assert indices.tolist() == expected
     assert torch.equal(values, x.gather(1, indices))
 
