@@ -88,6 +88,14 @@ def _flash(q_NHh, k_NKh, v_NKh, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_se
     return torch.stack(out)
 
 
+@pytest.fixture(autouse=True)
+def forgetful():
+    """What is installed is looked up anew in each test."""
+    flash_attention.cache_clear()
+    yield
+    flash_attention.cache_clear()
+
+
 @pytest.fixture
 def flash(monkeypatch):
     """flash-attn 2 stands in, on this processor and in any dtype; call it with the function to be found."""
@@ -99,6 +107,7 @@ def flash(monkeypatch):
         stand_in.flash_attn_varlen_func = function
         monkeypatch.setitem(sys.modules, module, stand_in)
         monkeypatch.setitem(FORMS, "flash", Form("flash"))
+        flash_attention.cache_clear()
 
     install()
     return install
@@ -246,6 +255,19 @@ def _install(monkeypatch, present):
 def test_the_newest_flash_attention_is_found(present, expected, monkeypatch):
     _install(monkeypatch, present)
     assert flash_attention() == expected
+
+
+def test_what_is_not_installed_is_looked_for_once(monkeypatch):
+    looked_for = []
+
+    def missing(name):
+        looked_for.append(name)
+        raise ImportError
+
+    monkeypatch.setattr(lumina_torch.attend.importlib, "import_module", missing)
+    for _ in range(3):
+        assert choose_attention("auto", "cuda", "bfloat16", 64)[0] == "sdpa"
+    assert looked_for == ["flash_attn.cute", "flash_attn_interface", "flash_attn"]
 
 
 def test_a_flash_attention_without_the_function_is_none(monkeypatch):
