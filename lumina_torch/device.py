@@ -107,7 +107,7 @@ def chosen_forms(config: Config, policy: Policy) -> str:
     attention, why = choose_attention(model.attention_form, platform, dtype, model.head_dim)
     chosen = f"attention: {attention} ({why})"
     if any(kind.startswith("moe") for kind in layer_kinds(model)):
-        grouped, why = choose_grouped(model.moe.grouped_form, platform, dtype)
+        grouped, why = choose_grouped(model.moe.grouped_form, platform, dtype, (model.d_model, model.d_ff))
         chosen += f"; dropless experts: {grouped} ({why})"
     return chosen
 

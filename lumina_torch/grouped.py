@@ -62,34 +62,38 @@ class Form(NamedTuple):
     run: Callable[..., Tensor]
     platforms: tuple[str, ...]  # as devices are named; none: any
     dtypes: tuple[str, ...]  # none: any
+    multiple: int  # D and F must be multiples of it
     reason: str
+
+    def refusal(self, platform: str, dtype: str, widths: tuple[int, ...]) -> str:
+        """Why it cannot run, in words; empty if it can."""
+        if (self.platforms and platform not in self.platforms) or (self.dtypes and dtype not in self.dtypes):
+            return f"runs on {', '.join(self.platforms)} in {', '.join(self.dtypes)}, not on {platform} in {dtype}"
+        odd = [width for width in widths if width % self.multiple]
+        return f"takes widths that are multiples of {self.multiple}, not {odd[0]}" if odd else ""
 
 
 # In order of preference.
 FORMS = {
     "grouped_mm": Form(
-        grouped_mm, ("cuda",), ("bfloat16",), "one kernel for all experts; the host need not know how many tokens each has"
-    ),
-    "loop": Form(loop, (), (), "a product for each expert does the work of the choices alone on any device"),
+        grouped_mm, ("cuda",), ("bfloat16",), 8, "one kernel for all experts; the host need not know how many tokens each has"
+    ),  # 8: a row of any operand is to begin at a multiple of 16 bytes
+    "loop": Form(loop, (), (), 1, "a product for each expert does the work of the choices alone on any device"),
 }
 
 
-def choose_grouped(form: str, platform: str, dtype: Any) -> tuple[str, str]:
-    """(name of the form, why) for the form asked for, or the best one if "auto". Raises ConfigError if it cannot run."""
+def choose_grouped(form: str, platform: str, dtype: Any, widths: tuple[int, ...] = ()) -> tuple[str, str]:
+    """(name of the form, why) for the form asked for, or the best one if "auto"; `widths` are D and F.
+
+    Raises ConfigError if it cannot run.
+    """
     dtype = str(dtype).removeprefix("torch.")
     if form != "auto" and form not in FORMS:
         raise ConfigError(f"model.moe.grouped_form = {form!r}: PyTorch has auto, {', '.join(sorted(FORMS))}")
     for name, candidate in FORMS.items():
-        runs = (not candidate.platforms or platform in candidate.platforms) and (
-            not candidate.dtypes or dtype in candidate.dtypes
-        )
-        if form in ("auto", name) and runs:
+        if form in ("auto", name) and not candidate.refusal(platform, dtype, widths):
             return name, candidate.reason
-    wanted = FORMS[form]
-    raise ConfigError(
-        f"model.moe.grouped_form = {form!r}: runs on {', '.join(wanted.platforms)} in {', '.join(wanted.dtypes)}, "
-        f"not on {platform} in {dtype}; use auto"
-    )
+    raise ConfigError(f"model.moe.grouped_form = {form!r}: {FORMS[form].refusal(platform, dtype, widths)}; use auto")
 
 
 def grouped_feedforward(
@@ -103,7 +107,7 @@ def grouped_feedforward(
     """
     (N, D), k = x_ND.shape, experts_Nk.shape[1]
     if form == "auto":
-        form, _ = choose_grouped(form, x_ND.device.type, x_ND.dtype)
+        form, _ = choose_grouped(form, x_ND.device.type, x_ND.dtype, (D, weights[0].shape[2]))
     order = sort_choices(experts_Nk, len(weights[0]))
     token_S = order.choice_S // k
     rows_SD = take_rows(x_ND[None], token_S[None], order.place_S.reshape(1, N, k))[0]

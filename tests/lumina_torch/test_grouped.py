@@ -168,6 +168,14 @@ def test_a_form_that_cannot_run_is_refused(platform, dtype):
         choose_grouped("grouped_mm", platform, dtype)
 
 
+@pytest.mark.parametrize("widths", [(12, 8), (16, 20)])
+def test_widths_whose_rows_do_not_begin_at_16_bytes_are_left_to_the_loop(widths):
+    assert choose_grouped("auto", "cuda", "bfloat16", widths)[0] == "loop"
+    odd = next(width for width in widths if width % 8)
+    with pytest.raises(ConfigError, match=rf"'grouped_mm': takes widths that are multiples of 8, not {odd}; use auto"):
+        choose_grouped("grouped_mm", "cuda", "bfloat16", widths)
+
+
 @pytest.mark.parametrize("form", ["blocks", "ragged", "fast"])
 def test_a_form_of_jax_or_of_nobody_is_refused(form):
     with pytest.raises(ConfigError, match=f"grouped_form = '{form}': PyTorch has auto, grouped_mm, loop"):
