@@ -360,8 +360,8 @@ MUTANTS = [
     Mutant(
         "random choice the same in all layers",
         "lumina_jax/mod.py",
-        "self.mod.capacity - _uniform(positions_BT, layer)",
-        "self.mod.capacity - _uniform(positions_BT, 0)",
+        "self.mod.capacity - uniform(positions_BT, layer)",
+        "self.mod.capacity - uniform(positions_BT, 0)",
         MOD,
     ),
     Mutant(
@@ -381,7 +381,7 @@ MUTANTS = [
     # ---------------------------------------------------------------------------------------- evaluation and generation
     Mutant(
         "evaluation averages batch means",
-        "lumina_jax/evaluate.py",
+        "lumina/runs/evaluation.py",
         '    capacity = sum(t["taken_L"]',
         '    loss = weight * sum(float(t["loss"]) / float(t["weight"]) for t in totals) / len(totals)\n'
         '    capacity = sum(t["taken_L"]',
@@ -403,14 +403,14 @@ MUTANTS = [
     ),
     Mutant(
         "control tokens drawn",
-        "lumina_jax/generate.py",
-        "allowed[list(tokenizer.control.values())] = False",
+        "lumina/generation.py",
+        "self.allowed_V[list(tokenizer.control.values())] = False",
         "pass",
-        GENERATE,
+        f"{GENERATE_T}_only_text_and_document_end_are_ever_drawn",
     ),
     Mutant(
         "multi-byte characters broken",
-        "lumina_jax/generate.py",
+        "lumina/generation.py",
         "held += decoder.feed(token)",
         "held += self.tokenizer.decode([token])",
         GENERATE,
@@ -583,7 +583,7 @@ MUTANTS = [
     Mutant(
         "storage that fails for now taken for damage",
         "lumina/runs/steps.py",
-        "                if error.errno not in DAMAGE:\n                    raise\n",
+        "            if error.errno not in DAMAGE:\n                raise\n",
         "",
         "lumina/runs/test_steps.py",
     ),
@@ -997,7 +997,7 @@ MUTANTS = [
         "PyTorch: a wrong shape is broadcast",
         "lumina_torch/model.py",
         "        if given != wanted:\n",
-        '        if "missing" in (given, wanted):\n',
+        '        if given == "missing" or wanted == "no such tensor":\n',
         f"{MODEL_T}_a_state_that_does_not_fit_is_refused_by_name_and_nothing_is_changed",
     ),
     Mutant(

@@ -136,7 +136,9 @@ def test_a_form_in_float64_equals_a_full_softmax_to_its_last_digits(form, flash)
 
 
 @pytest.mark.parametrize("form", ["sdpa", "reference"])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (4, 1)], ids=["a_key_head_each", "one_key_head"])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(3, 3), (4, 1), (6, 2)], ids=["a_key_head_each", "one_key_head", "three_to_a_key_head"]
+)
 def test_query_heads_share_key_heads_in_order(form, heads, kv_heads):
     _check(SEGMENTS["packed"], form, heads=heads, kv_heads=kv_heads)
 
