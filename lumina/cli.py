@@ -1,6 +1,8 @@
 """The `lumina` command. Each subcommand imports what it needs when it runs, so that --help answers at once."""
 
 import argparse
+import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -31,7 +33,7 @@ def run(arguments: list[str]) -> None:
     params.set_defaults(run=_params)
 
     sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
-    sample.add_argument("run_directory", metavar="RUN", type=Path, help="a run directory")
+    sample.add_argument("run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`")
     sample.add_argument("--prompt", default="", help="text to continue; without one a new document begins")
     sample.add_argument("--max-tokens", type=int, help="new tokens (default: 200, or what fits)")
     sample.add_argument("--samples", type=int, default=1, help="continuations, with seeds one after another")
@@ -43,6 +45,7 @@ def run(arguments: list[str]) -> None:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--stop", action="append", default=[], help="end before this text; may be given several times")
     sample.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
+    sample.add_argument("--backend", choices=("jax", "torch"), help="what computes (default: what trained the run, else jax)")
     sample.add_argument("--json", action="store_true", help="one JSON object a sample: prompt, text, seed")
     sample.set_defaults(run=_sample)
 
@@ -159,13 +162,14 @@ def _sample(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UsageError(f"{flag} = {value}: must be at least 1")
     from lumina.generation import Sampling
+    from lumina.interchange.state import backend_of
     from lumina.runs.console import printable
-    from lumina_jax.generate import load_generator
 
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
     settings = {name: getattr(arguments, name) for name in names}
     Sampling(**settings)  # refuse bad values before the model is loaded
-    generator = load_generator(arguments.run_directory, best=arguments.best)
+    backend = _backend(arguments.backend or backend_of(arguments.run_directory), "generate")
+    generator = backend.load_generator(arguments.run_directory, best=arguments.best)
     length = arguments.max_tokens
     if length is None:
         length = min(200, generator.room(arguments.prompt))
@@ -178,6 +182,13 @@ def _sample(arguments: argparse.Namespace) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
         print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
+
+
+def _backend(name: str, module: str) -> Any:
+    """A module of lumina_jax or of lumina_torch; raises UsageError where the framework is not installed."""
+    if not importlib.util.find_spec(name):
+        raise UsageError(f"{name} is not installed: pip install 'lumina[torch]', or choose jax")
+    return importlib.import_module(f"lumina_{name}.{module}")
 
 
 def _routing(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from lumina.data import TokenStream, prepare
 from lumina.data.rows import Batches, Rows, segments_and_positions
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
+from lumina.interchange.state import backend_of
 from lumina.runs.certificate import FORMAT, Passes, verdict
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
@@ -28,7 +29,7 @@ from lumina.runs.ranks import foretold, in_top, standard_error
 from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_jax.device import describe
 from lumina_jax.generate import Generator
-from lumina_jax.mesh import one_device, shaped_whole
+from lumina_jax.mesh import one_device
 from lumina_jax.model import CAUSAL, Mode, Variables
 from lumina_jax.passes import TOLERANCE, Comparison, Forward, is_real, padded, settled
 from lumina_jax.step import state_shapes
@@ -45,6 +46,8 @@ LEAST_ROWS = 2  # a swap needs another row, a standard error as well
 def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict[str, Any]:
     """Examine the newest (or best) checkpoint of a run on its first `rows` held-out rows (0: all); see docs/certify.md.
 
+    The run may be of either backend, or a canonical directory; what is computed is lumina_jax's model with its weights.
+
     Raises:
         UsageError: not a run directory, or too few rows. ConfigError, CheckpointError: of the run.
         DataError: the run's data cannot be had any more, or is not what the run began with.
@@ -55,7 +58,8 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
         raise UsageError(f"--rows = {rows}: must be at least {LEAST_ROWS}, or 0 for all held-out text")
     run, config = RunDirectory(run_directory), load(run_directory)
     held_out, tokenizer, data_fingerprint = held_out_text(run, config, console)
-    state, step = checkpoint.load(run, shaped_whole(one_device(), state_shapes(config)[0]), best)
+    _, _, variables, step = checkpoint.open_model(run.path, best)
+    computed = "; the weights are of lumina_torch, and what is examined is lumina_jax" if backend_of(run.path) == "torch" else ""
     certificate = {
         "run": str(run.path),
         "step": step,
@@ -64,10 +68,10 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
         "data": data_fingerprint,
         "tokenizer": tokenizer.fingerprint,
         "jax": jax.__version__,
-        "device": describe(one_device()),
+        "device": describe(one_device()) + computed,
     }
     trained = as_trained(config, step)  # the graph definition holds what the modules compute with
-    return certificate | examine(trained, state_shapes(trained)[1], state.variables, tokenizer, held_out, rows, console)
+    return certificate | examine(trained, state_shapes(trained)[1], variables, tokenizer, held_out, rows, console)
 
 
 def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
 
-from lumina.config import CheckpointConfig, ModelConfig
+from lumina.config import CheckpointConfig, Config, ModelConfig
 from lumina.errors import CheckpointError
 from lumina.interchange import state as interchange
 from lumina.interchange.orbax import to_leaves
@@ -21,8 +22,9 @@ from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps
 from lumina_jax.digest import digests
-from lumina_jax.mesh import agreed, in_any, own_copy
-from lumina_jax.step import TrainState
+from lumina_jax.mesh import agreed, in_any, one_device, own_copy, shaped_whole
+from lumina_jax.model import Variables
+from lumina_jax.step import TrainState, state_shapes
 
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, once in each thread
 
@@ -89,6 +91,23 @@ def load(run: RunDirectory, like: TrainState, best: bool = False) -> tuple[Train
     if wrong := changed(digests(named), leaves):
         raise CheckpointError(f"{directory}: damaged: {wrong[0]}")
     return jax.tree.unflatten(jax.tree.structure(like), named.values()), step
+
+
+def open_model(path: Path, best: bool = False) -> tuple[Config, nnx.GraphDef, Variables, int]:
+    """(config, graph definition, variables, step) of the newest state that verifies of a run of either backend, or the best, or
+    of a canonical directory, on the first device and in forms for it.
+
+    Raises UsageError, ConfigError or CheckpointError as `lumina.interchange.state.locate`.
+    """
+    config, state = interchange.load_here(path, best)
+    return config, *variables_of(config, state), state.step
+
+
+def variables_of(config: Config, state: interchange.State) -> tuple[nnx.GraphDef, Variables]:
+    """The weights of `state` as a model of `config`, on the first device."""
+    shapes, graphdef = state_shapes(config)
+    like = {"variables": shaped_whole(one_device(), shapes.variables)}
+    return graphdef, from_state(config.model, state, like)["variables"]
 
 
 def from_state(model: ModelConfig, state: interchange.State, like: Any) -> Any:

@@ -12,14 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from lumina.config import Config, load
+from lumina.config import Config
 from lumina.generation import Sampling, TextGenerator
 from lumina.runs.directory import RunDirectory
 from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_jax.attention import at_least_float32
-from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables, fit_caches, make_caches, merge, routed_caches
-from lumina_jax.step import state_shapes
 
 
 class Knobs(NamedTuple):
@@ -135,15 +133,12 @@ class Generator(TextGenerator):
 
 
 def load_generator(run_directory: Path, best: bool = False) -> Generator:
-    """The newest (or best) checkpoint of a run, ready to generate; needs no data.
+    """The newest (or best) checkpoint of a run of either backend, or a canonical directory, ready to generate; needs no data.
 
     Raises:
-        UsageError: not a run directory. CheckpointError: it has no finished checkpoint, or one of another shape.
+        UsageError: not such a directory. CheckpointError: it has no finished checkpoint, or one of another shape.
     """
     from lumina_jax import checkpoint  # orbax takes a second to import
 
-    run = RunDirectory(run_directory)
-    config = load(str(run_directory))
-    shapes, graphdef = state_shapes(config)
-    state, _ = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
-    return Generator(config, graphdef, state.variables, load_tokenizer(str(run.tokenizer)))
+    config, graphdef, variables, _ = checkpoint.open_model(run_directory, best)
+    return Generator(config, graphdef, variables, load_tokenizer(str(RunDirectory(run_directory).tokenizer)))

@@ -3,7 +3,6 @@
 B rows, T positions, D model width, A alternatives of an expert router, k choices, R rows in all, L layers.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,9 +15,7 @@ from lumina.data import Corpus
 from lumina.data.rows import Rows, segments_and_positions
 from lumina.runs.directory import RunDirectory
 from lumina.runs.routing_text import HeldOut
-from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Mode, Variables, merge
-from lumina_jax.step import state_shapes
 
 TELLING = Mode(tell=True)
 
@@ -56,12 +53,8 @@ def look(run: RunDirectory, config: Config, corpus: Corpus, rows: int, best: boo
     """
     from lumina_jax import checkpoint  # orbax takes a second to import
 
-    # A run trained elsewhere may ask for forms that this machine does not have.
-    model = replace(config.model, attention_form="auto", moe=replace(config.model.moe, grouped_form="auto"))
-    config = replace(config, model=model)
-    shapes, graphdef = state_shapes(config)
-    state, step = checkpoint.load(run, shaped_whole(one_device(), shapes), best)
+    config, graphdef, variables, step = checkpoint.open_model(run.path, best)
     held_out = Rows(corpus.held_out, config.data.sequence_length, corpus.document_end_id)
     numbers_R = np.linspace(0, len(held_out) - 1, min(rows, len(held_out))).astype(int)
     tokens_RT = np.stack([held_out.row(int(number))[:-1] for number in numbers_R])
-    return decisions(config, graphdef, state.variables, tokens_RT, corpus.document_end_id, step)
+    return decisions(config, graphdef, variables, tokens_RT, corpus.document_end_id, step)

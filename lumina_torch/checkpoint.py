@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lumina.config import Config
 from lumina.errors import CheckpointError
-from lumina.interchange.state import State, arrays, digests, read, shapes, write
-from lumina.interchange.state import load as load_any
+from lumina.interchange.state import State, arrays, digests, load_here, read, shapes, write
 from lumina.runs import checkpoints
 from lumina.runs.checkpoints import Record, changed, check_fits, digest_of
 from lumina.runs.directory import Events, RunDirectory
+from lumina_torch.device import be_exact, choose_device
 from lumina_torch.model import Transformer, load_state, state_by_name
 from lumina_torch.optimizer import load_moments, make_optimizer, moments
 from lumina_torch.step import Guard, LossScale, TrainState, compile_blocks, init_state
@@ -64,15 +64,23 @@ class Checkpoints(checkpoints.Checkpoints):
         return from_state(self._model_config, host, self._device), wrong
 
 
-def load(path: Path, device: torch.device | str = "cpu", best: bool = False) -> tuple[Config, Transformer, int]:
-    """(config, model, step) of the newest state that verifies of a run of either backend, or the best, or of a directory.
+def load(path: Path, best: bool = False) -> tuple[Config, Transformer, int]:
+    """(config, model, step) of the newest state that verifies of a run of either backend, or the best, or of a canonical
+    directory, on this machine's device.
 
     Raises CheckpointError when there is none; changes nothing.
     """
-    config, state, _ = load_any(path, best)
-    transformer = Transformer(config.model, device)
+    config, state = load_here(path, best)
+    return config, transformer_of(config, state), state.step
+
+
+def transformer_of(config: Config, state: State) -> Transformer:
+    """The weights of `state` as a model of `config`, on the device that it asks for."""
+    policy = choose_device(config)
+    be_exact(policy)
+    transformer = Transformer(config.model, policy.device)
     load_state(transformer, state.weights)
-    return config, transformer, state.step
+    return transformer.eval()
 
 
 def to_state(state: TrainState) -> State:

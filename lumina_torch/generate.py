@@ -4,14 +4,17 @@ B rows (one here), T positions, V vocabulary.
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lumina.config import Config
 from lumina.generation import Sampling, TextGenerator
-from lumina.tokenizer import Tokenizer
+from lumina.runs.directory import RunDirectory
+from lumina.tokenizer import Tokenizer, load_tokenizer
 from lumina_torch.attention import Cache, at_least_float32
+from lumina_torch.checkpoint import load
 from lumina_torch.model import Transformer, make_caches
 
 
@@ -70,3 +73,13 @@ class Generator(TextGenerator):
             seen_V[token] = True
             start += len(tokens)
             tokens = [token]
+
+
+def load_generator(run_directory: Path, best: bool = False) -> Generator:
+    """The newest (or best) checkpoint of a run of either backend, or a canonical directory, ready to generate; needs no data.
+
+    Raises:
+        UsageError: not such a directory. CheckpointError: it has no finished checkpoint, or one of another shape.
+    """
+    config, transformer, _ = load(run_directory, best=best)
+    return Generator(config, transformer, load_tokenizer(str(RunDirectory(run_directory).tokenizer)))

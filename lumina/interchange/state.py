@@ -5,7 +5,7 @@ parameter `first_moment.NAME` and `second_moment.NAME`, and beside them the numb
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -193,6 +193,20 @@ def load(path: Path, best: bool = False, step: int | None = None) -> tuple[Confi
     """
     source = locate(path, best, step)
     return source.config, read_state(source), source.manifest
+
+
+def load_here(path: Path, best: bool = False) -> tuple[Config, State]:
+    """(config, state) as `load` finds them; the config asks for this machine's device and forms: another may have trained it."""
+    config, state, _ = load(path, best)
+    model = replace(config.model, attention_form="auto", moe=replace(config.model.moe, grouped_form="auto"))
+    return replace(config, model=model, torch=replace(config.torch, device="auto", compile=False)), state
+
+
+def backend_of(path: Path) -> str:
+    """jax or torch, which trained the run at `path`; jax for a canonical directory and whatever else either may open."""
+    steps = Steps(RunDirectory(path).checkpoints)
+    newest = steps.all()[-1:] if not (path / MODEL).is_file() else []
+    return "torch" if any(written_by(steps.directory(step)) == "lumina_torch" for step in newest) else "jax"
 
 
 def read_state(source: Source) -> State:
