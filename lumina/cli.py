@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def run(arguments: list[str]) -> None:
     params.set_defaults(run=_params)
 
     sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
-    sample.add_argument("run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`")
+    sample.add_argument(
+        "run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`"
+    )
     sample.add_argument("--prompt", default="", help="text to continue; without one a new document begins")
     sample.add_argument("--max-tokens", type=int, help="new tokens (default: 200, or what fits)")
     sample.add_argument("--samples", type=int, default=1, help="continuations, with seeds one after another")
@@ -78,6 +81,18 @@ def run(arguments: list[str]) -> None:
 
         interchange.add_export(exported)
         interchange.add_import(imported)
+
+    compared = commands.add_parser(
+        "compare",
+        description="How far two models are apart on the same tokens. Exits 0 whatever it finds; --json has `equal`.",
+        help="two models on the same text, each in JAX, PyTorch or transformers",
+        allow_abbrev=False,
+    )
+    compared.set_defaults(run=_compare)
+    if arguments[:1] == ["compare"]:
+        from lumina.interchange import comparing
+
+        comparing.add(compared)
 
     runs = commands.add_parser("runs", help="list, show, verify, compare and prune runs", allow_abbrev=False)
     if arguments[:1] == ["runs"]:
@@ -182,6 +197,13 @@ def _sample(arguments: argparse.Namespace) -> None:
         for piece in pieces:
             print(printable(piece), end="", flush=True)
         print("\n" + "-" * 72 if seed + 1 < arguments.seed + arguments.samples else "")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from lumina.interchange.comparing import tell
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # JAX would leave PyTorch none of a GPU's memory
+    tell(arguments, lambda backend, name, path: _backend(backend, "side").open_side(name, path))
 
 
 def _backend(name: str, module: str) -> Any:

@@ -36,6 +36,13 @@ class Sampling:
                 raise UsageError(f"{name} = {getattr(self, name)}: {right}")
 
 
+def allowed(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """What may be drawn [V]: text and the document end; no other control token, no row that only fills the embedding up."""
+    ids = np.arange(vocab_size)
+    control = [id for name, id in tokenizer.control.items() if name != "<|document_end|>"]
+    return (ids < tokenizer.vocab_size) & ~np.isin(ids, control)
+
+
 class TextGenerator:
     """What follows a prompt; each backend says how."""
 
@@ -43,11 +50,7 @@ class TextGenerator:
         self.config, self.tokenizer = config, tokenizer
         self.context = config.data.sequence_length
         self.end = tokenizer.control["<|document_end|>"]
-        # Text and the document end may be drawn; no other control token, and no row that only fills the embedding up.
-        self.allowed_V = np.zeros(config.model.vocab_size, bool)
-        self.allowed_V[: tokenizer.vocab_size] = True
-        self.allowed_V[list(tokenizer.control.values())] = False
-        self.allowed_V[self.end] = True
+        self.allowed_V = allowed(tokenizer, config.model.vocab_size)
 
     def _continue(self, prompt: Sequence[int], count: int, sampling: Sampling, first: bool) -> Iterator[int]:
         """Yield `count` ids that follow the prompt; the `first` of a document is drawn by a seed of its own."""
@@ -76,6 +79,10 @@ class TextGenerator:
             yield token
             if token == self.end:
                 return
+
+    def likeliest(self, prompt: Sequence[int], count: int) -> list[int]:
+        """The `count` likeliest ids that follow, one after another, whether a document ends among them or not."""
+        return list(self._continue(prompt, count, Sampling(temperature=0.0), first=False)) if count else []
 
     def room(self, prompt: str) -> int:
         """How many tokens may follow `prompt`."""

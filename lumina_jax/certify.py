@@ -59,7 +59,9 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
     run, config = RunDirectory(run_directory), load(run_directory)
     held_out, tokenizer, data_fingerprint = held_out_text(run, config, console)
     _, _, variables, step = checkpoint.open_model(run.path, best)
-    computed = "; the weights are of lumina_torch, and what is examined is lumina_jax" if backend_of(run.path) == "torch" else ""
+    computed = (
+        "; the weights are of lumina_torch, and what is examined is lumina_jax" if backend_of(run.path) == "torch" else ""
+    )
     certificate = {
         "run": str(run.path),
         "step": step,

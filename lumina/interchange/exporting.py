@@ -133,17 +133,24 @@ def held_out(config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, list[str
     Raises DataError when even so there is not a row.
     """
     positions = min(config.data.sequence_length, MOST_POSITIONS)
-    sources, told = [config.data, DataConfig()], config.data.source
+    own = here(config.data)
+    sources = [config.data, DataConfig()] if own else [DataConfig()]
+    rows_NT = verify.rows_of(held_out_texts(sources), tokenizer, positions, ROWS)
+    pieces = (text[start : start + PIECE] for text in held_out_texts(sources) for start in range(0, len(text), PIECE))
+    return rows_NT, list(islice(pieces, PIECES)), sources[0].source
+
+
+def here(data: DataConfig) -> bool:
+    """Whether this machine has the source, which may be files of another."""
     try:
-        open_source(config.data)
-    except DataError:  # files of another machine
-        sources, told = [DataConfig()], DataConfig().source
-    rows_NT = verify.rows_of(_held_out_texts(sources), tokenizer, positions, ROWS)
-    pieces = (text[start : start + PIECE] for text in _held_out_texts(sources) for start in range(0, len(text), PIECE))
-    return rows_NT, list(islice(pieces, PIECES)), told
+        open_source(data)
+    except DataError:
+        return False
+    return True
 
 
-def _held_out_texts(sources: list[DataConfig]) -> Iterator[str]:
+def held_out_texts(sources: list[DataConfig]) -> Iterator[str]:
+    """The texts that each of these holds out."""
     for data in sources:
         yield from (document.text for document in open_source(data) if place(document.text) < data.held_out)
 
@@ -176,14 +183,14 @@ def _require_equal(written: Any, found: Any) -> None:
 # ------------------------------------------------------------------------------------------------------- directories
 
 
-def require_new(out: Path) -> None:
-    """Raise a UsageError unless `out` can be made."""
+def require_new(out: Path, flag: str = "--out") -> None:
+    """Raise a UsageError unless `out`, which `flag` gave, can be made."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
-        raise UsageError(f"{out}: exists already; choose another --out, nothing is written over")
+        raise UsageError(f"{out}: exists already; choose another {flag}, nothing is written over")
 
 
 @contextlib.contextmanager
-def appearing(out: Path) -> Iterator[Path]:
+def appearing(out: Path, flag: str = "--out") -> Iterator[Path]:
     """A directory that becomes `out`, synced to disk, when the block succeeds and vanishes when it does not."""
     directory = out.parent / f".making-{out.name}-{uuid.uuid4().hex[:8]}"
     try:
@@ -198,7 +205,7 @@ def appearing(out: Path) -> Iterator[Path]:
         os.rename(directory, out)
         sync_directory(out.parent)
     except OSError as error:
-        raise UsageError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from error
+        raise UsageError(f"{out}: cannot be written ({error.strerror or error}); choose another {flag}") from error
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -196,7 +196,7 @@ def load(path: Path, best: bool = False, step: int | None = None) -> tuple[Confi
 
 
 def load_here(path: Path, best: bool = False) -> tuple[Config, State]:
-    """(config, state) as `load` finds them; the config asks for this machine's device and forms: another may have trained it."""
+    """(config, state) as `load` finds them; the config asks for this machine's device and forms: it may be another's."""
     config, state, _ = load(path, best)
     model = replace(config.model, attention_form="auto", moe=replace(config.model.moe, grouped_form="auto"))
     return replace(config, model=model, torch=replace(config.torch, device="auto", compile=False)), state

@@ -118,16 +118,17 @@ class Theirs:
         with torch.inference_mode():
             return self._model(torch.as_tensor(ids_T, dtype=torch.int64)[None], use_cache=False).logits[0].numpy()
 
-    def continuation(self, ids_T: np.ndarray, count: int) -> list[int]:
-        """The likeliest tokens, one after another, with its key/value cache."""
+    def continuation(self, ids_T: np.ndarray, count: int, allowed_V: np.ndarray | None = None) -> list[int]:
+        """The likeliest tokens, of those that are allowed if not all, one after another, with its key/value cache."""
         import torch  # noqa: TID251
 
         ids_1T, cache, found = torch.as_tensor(ids_T, dtype=torch.int64)[None], None, []
+        barred_V = torch.as_tensor(~allowed_V) if allowed_V is not None else torch.zeros((), dtype=torch.bool)
         with torch.inference_mode():
             for _ in range(count):
                 told = self._model(ids_1T, past_key_values=cache, use_cache=True)
                 cache = told.past_key_values
-                ids_1T = told.logits[:, -1:].argmax(dim=-1)
+                ids_1T = told.logits[:, -1:].masked_fill(barred_V, -torch.inf).argmax(dim=-1)
                 found.append(int(ids_1T))
         return found
 

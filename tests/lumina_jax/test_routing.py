@@ -15,7 +15,6 @@ from lumina.runs.directory import RunDirectory
 from lumina_jax import checkpoint
 from lumina_jax.model import CAUSAL, create, merge
 from lumina_jax.routing import TELLING, decisions, look
-from lumina_jax.step import init_state
 from tests.lumina_jax.tiny import T, V, random_batch, tiny
 
 END = 7
@@ -134,8 +133,8 @@ class HeldOutStream:
 @pytest.mark.parametrize(("rows", "numbers"), [(3, [0, 9, 19]), (1, [0]), (99, list(range(20)))])
 def test_rows_are_spread_over_the_held_out_text_and_read_with_the_checkpoint_that_was_asked_for(rows, numbers, monkeypatch):
     config, asked = tiny("moe+mod"), []
-    state = init_state(config)[1]
-    monkeypatch.setattr(checkpoint, "load", lambda run, like, best: (asked.append(best), (state, 40))[1])
+    opened = (config, *create(config.model, 0), 40)
+    monkeypatch.setattr(checkpoint, "open_model", lambda path, best: (asked.append(best), opened)[1])
     corpus = SimpleNamespace(held_out=HeldOutStream(), document_end_id=END)
     found = look(RunDirectory("nowhere"), config, corpus, rows, best=True)
     assert asked == [True]
