@@ -205,11 +205,6 @@ def weights_that_differ(a: dict[str, str], b: dict[str, str]) -> list[str]:
     return [name for name in {**a, **b} if a.get(name) != b.get(name)]
 
 
-def layer_of(name: str) -> str:
-    """Where a tensor belongs, in words: `layer 3`, or what it is where it is in no layer."""
-    return f"layer {name.split('.')[1]}" if name.startswith("blocks.") else name
-
-
 def verdict(figures: dict[str, Any]) -> tuple[bool, str]:
     """Whether the two are one model but for rounding, and the line that says so."""
     logits, routing = figures["logits"], figures["routing"]
@@ -231,7 +226,10 @@ def _from(figures: dict[str, Any]) -> str:
     """Where that begins: by the weights where these differ, else by what the routers see and decide."""
     weights, routing = figures["weights"], figures["routing"]
     if weights and weights["differ"]:
-        return f" from {layer_of(weights['first'])} on: {weights['first']} is another"
+        first = weights["first"]
+        return (
+            f" from layer {first.split('.')[1]} on: {first} is another" if first.startswith("blocks.") else f" from {first} on"
+        )
     same = "; the weights are the same" if weights else ""
     for stage in routing.get("stages", ()):
         if stage["largest_margin"] > NEAR_TIE:
