@@ -17,7 +17,7 @@ import numpy as np
 from lumina.config import DataConfig
 from lumina.data.rows import segments_and_positions
 from lumina.errors import DataError, UsageError
-from lumina.interchange.compare import AT_ONCE, Distance, Routing, verdict, weights_that_differ
+from lumina.interchange.compare import Distance, Routing, verdict, weights_that_differ
 from lumina.interchange.exporting import appearing, held_out_texts, here, require_new
 from lumina.interchange.side import Canonical, Foreign, Row, Side, is_foreign, one_document
 from lumina.interchange.state import backend_of
@@ -29,6 +29,7 @@ from lumina.runs.units import duration
 from lumina.tokenizer import Tokenizer
 
 ROWS = 16
+AT_ONCE = 1 << 22  # logits of a side in memory
 BACKENDS = ("jax", "torch", "hf")
 SHOW_EVERY = 0.3  # seconds
 SAVE = "--save-logits"
@@ -207,7 +208,7 @@ def compare(a: Side, b: Side, rows: list[Row], top: int, console: Console, save:
             stop = min(start + step, len(row.inputs_T))
             pair = [each.logits(start, stop) for each in passes]
             save(*pair)
-            a_nV, b_nV = (logits_nV[:, :columns].astype(np.float64) for logits_nV in pair)
+            a_nV, b_nV = (logits_nV[:, :columns] for logits_nV in pair)
             distance.add((number, start), a_nV, b_nV, row.targets_T[start:stop], reached_T[start:stop])
         text_bytes += int(bytes_V[row.targets_T].sum())
         if console.live and (now := time.perf_counter()) - shown > SHOW_EVERY:

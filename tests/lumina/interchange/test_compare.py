@@ -61,7 +61,8 @@ def slowly(a_NV, b_NV, targets_N):
 
 @pytest.mark.parametrize("step", [1, 10, N])
 def test_figures_are_those_of_a_loop_over_tokens_in_however_many_parts_they_come(step):
-    a_NV, b_NV = logits(0), logits(0) + 0.3 * logits(1)
+    a_NV = logits(0)
+    b_NV = a_NV + np.where(a_NV > 0, 0.5, 0.1) * logits(1)
     targets_N = np.random.default_rng(2).integers(0, V, N)
     distance = Distance(K)
     for start in range(0, N, step):  # two rows, the first of 20 tokens
