@@ -79,7 +79,7 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
 def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:
     """The held-out rows of a run, its tokenizer, and the fingerprint of its data, which is checked."""
     tokenizer, data = load_tokenizer(str(run.tokenizer)), config.data
-    if data.tokenizer != "bpe":  # one that is trained is found, or made, with its data
+    if data.tokenizer != "bpe" or not run.data.is_file():  # one that is trained is found, or made, with the data of its run
         data = replace(data, tokenizer=str(run.tokenizer))
     corpus = prepare(data, config.model.vocab_size, console.status)
     console.done()

@@ -12,6 +12,7 @@ from jax.experimental.compilation_cache import compilation_cache
 import lumina_torch.moe
 from lumina import cli
 from lumina.config import MoDConfig, load
+from lumina.data import prepare
 from lumina.data.rows import segments_and_positions
 from lumina.interchange import comparing, exporting
 from lumina.interchange.exporting import write_canonical
@@ -24,10 +25,12 @@ from lumina_jax.mesh import one_device, whole
 from lumina_jax.model import by_canonical_name
 from lumina_jax.step import init_state
 from lumina_torch.checkpoint import from_state
+from lumina_torch.side import open_side
 from parity_tests.test_interchange import save_jax, save_torch
 from tests.lumina.interchange.families import model_config
-from tests.lumina.interchange.runs import V, run_of, tokenizer
+from tests.lumina.interchange.runs import T, V, run_of, tokenizer
 
+ROWS = 9
 MOE = {"dispatch": "dropless"}
 TEXT = "def the(cat):\n    return 12 + the - dog\n" * 12
 
@@ -88,21 +91,23 @@ def altered(runs, out, change):
 
 
 def test_one_run_in_two_backends_is_equal(runs, capsys, tmp_path):
-    found = compared(capsys, f"jax:{runs}/of_jax", f"torch:{runs}/of_jax", "--rows", 5, "--save-logits", tmp_path / "logits")
+    found = compared(capsys, f"jax:{runs}/of_jax", f"torch:{runs}/of_jax", "--rows", ROWS, "--save-logits", tmp_path / "logits")
     assert found["equal"]
     assert found["verdict"] == "equal within float32 rounding"
     assert found["weights"]["differ"] == 0
     assert found["weights"]["tensors"] > 30
     assert 0 < found["logits"]["largest_difference"] < 1e-5
     assert found["text"]["source"] == "held-out text of synthetic"
-    assert (found["text"]["rows"], found["tokens"]) == (5, 5 * 24)
+    assert (found["text"]["rows"], found["tokens"]) == (ROWS, ROWS * T)
     assert [stage["of"] for stage in found["routing"]["stages"]] == ["experts", "depth", "experts", "experts"]
-    assert found["routing"]["decisions"] == 4 * 5 * 24
+    assert found["routing"]["decisions"] == 4 * ROWS * T
     assert found["routing"]["flips"] == 0
     assert found["greedy"] == {"prompt": 12, "tokens": 12, "equal": True}
     index_N4 = np.load(tmp_path / "logits" / "index.npy", allow_pickle=False)
     a_NV, b_NV = (np.load(tmp_path / "logits" / f"{side}.npy", allow_pickle=False) for side in "ab")
-    assert a_NV.shape == b_NV.shape == (5 * 24, V)
+    assert a_NV.shape == b_NV.shape == (ROWS * T, V)
+    ended = index_N4[:, 2] == tokenizer().control["<|document_end|>"]
+    assert (index_N4[ended, 1] < T - 1).any()  # a row has two documents
     assert not np.array_equal(a_NV, b_NV)  # two computations
     loss = -np.mean(torch.tensor(a_NV).double().log_softmax(-1).numpy()[np.arange(len(a_NV)), index_N4[:, 3]])
     assert found["loss"]["a"]["nats_per_token"] == pytest.approx(loss, rel=1e-6)
@@ -119,20 +124,18 @@ def test_the_other_backends_run_is_opened_by_its_own_unless_told(runs, capsys):
 
 def test_documents_of_a_row_do_not_see_each_other(runs):
     """The rows are packed: their tokens must be given the logits that training gave them."""
-    a = lumina_torch_side(runs / "canonical")
+    a = opened(runs / "canonical")
     rows, _ = comparing.rows_and_source(a, a, None, "", 8)
     row = next(row for row in rows if row.segments_T[-1])
     again = segments_and_positions(row.inputs_T[None], a.end)
     assert np.array_equal(again[0][0], row.segments_T)
     first = int(np.argmax(row.segments_T > 0))
-    other = row._replace(inputs_T=np.where(np.arange(24) < first - 1, 40, row.inputs_T))
-    assert np.allclose(a.read(row).logits(first, 24), a.read(other).logits(first, 24), atol=1e-5)
+    other = row._replace(inputs_T=np.where(np.arange(T) < first - 1, 40, row.inputs_T))
+    assert np.allclose(a.read(row).logits(first, T), a.read(other).logits(first, T), atol=1e-5)
     assert not np.allclose(a.read(row).logits(0, first), a.read(other).logits(0, first), atol=1e-2)
 
 
-def lumina_torch_side(path):
-    from lumina_torch.side import open_side
-
+def opened(path):
     return open_side("torch", path)
 
 
@@ -171,18 +174,18 @@ def test_a_backend_that_chooses_other_experts_is_found_out(runs, capsys, monkeyp
         experts_BTk, gates_BTk, scores_BTA = own(moe, logits_BTA, bias_A)
         return (experts_BTk + 1) % 5 if len(calls) % 3 == 0 else experts_BTk, gates_BTk, scores_BTA
 
-    before = lumina_torch_side(runs / "canonical")
+    before = opened(runs / "canonical")
     row = comparing.rows_and_source(before, before, TEXT, "", 1)[0][0]
     expected = before.read(row)
-    kept, wanted_TV = {name: value.copy() for name, value in expected.told.items()}, expected.logits(0, 24)
+    kept, wanted_TV = {name: value.copy() for name, value in expected.told.items()}, expected.logits(0, T)
     monkeypatch.setattr(lumina_torch.moe, "route", route)
     found = before.read(row)
     table = comparing.Routing(before.kinds)
     table.add(0, row, kept, found.told)
     told = table.found()
-    assert [stage["flips"] for stage in told["stages"]] == [0, 0, 0, 24]
+    assert [stage["flips"] for stage in told["stages"]] == [0, 0, 0, T]
     assert told["first_layer_with_a_flip"] == 2
-    apart = float(np.max(np.abs(wanted_TV - found.logits(0, 24))))
+    apart = float(np.max(np.abs(wanted_TV - found.logits(0, T))))
     logits = {"largest_difference": apart, "largest_difference_before_flips": 0.0}
     about = {"finite": True, "logits": logits, "routing": told, "weights": {"differ": 0}}
     assert comparing.verdict(about) == (
@@ -242,9 +245,9 @@ def test_certificates_and_routing_are_of_the_weights_that_pytorch_trained(runs, 
     assert ("the weights are of lumina_torch" in found["device"]) == (name == "of_torch")
     params = by_canonical_name(load(str(runs / name)).model, seen[0].params)
     assert all(np.array_equal(params[tensor], state.weights[tensor]) for tensor in params)
-    corpus = comparing_corpus(runs / name)
+    corpus = corpus_of(runs / name)
     held_out = routing.look(RunDirectory(runs / name), load(str(runs / name)), corpus, 2, False)
-    side = lumina_torch_side(runs / name)
+    side = opened(runs / name)
     rows = (comparing.Row(t, t, *(a[0] for a in segments_and_positions(t[None], side.end))) for t in held_out.tokens_RT)
     for number, row in enumerate(rows):
         told = side.read(row).told
@@ -252,9 +255,7 @@ def test_certificates_and_routing_are_of_the_weights_that_pytorch_trained(runs, 
         assert np.array_equal(held_out.taken_LRT[:, number], told["taken_LT"])
 
 
-def comparing_corpus(path):
-    from lumina.data import prepare
-
+def corpus_of(path):
     config = load(str(path))
     data = replace(config.data, tokenizer=str(path / "tokenizer"))
     return prepare(data, config.model.vocab_size, lambda line: None)

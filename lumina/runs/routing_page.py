@@ -8,6 +8,7 @@ import base64
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -93,7 +94,10 @@ def _held_out(
     if rows == 0:
         return None, None, "--rows=0"
     try:
-        corpus = prepare(config.data, config.model.vocab_size, lambda line: print(printable(line), file=sys.stderr))
+        data = config.data
+        if run.tokenizer.is_dir() and not run.data.is_file():  # a canonical directory, which does not say what its data were
+            data = replace(data, tokenizer=str(run.tokenizer))
+        corpus = prepare(data, config.model.vocab_size, lambda line: print(printable(line), file=sys.stderr))
         run.check_same_data(corpus.manifest | {"fingerprint": corpus.fingerprint})
         return look(run, config, corpus, rows, best), corpus.tokenizer, ""
     except (ConfigError, DataError, CheckpointError, UsageError) as error:
