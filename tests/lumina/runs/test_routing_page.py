@@ -311,7 +311,7 @@ def test_a_best_checkpoint_that_is_missing_is_an_error(monkeypatch, tmp_path):
 
     corpus = SimpleNamespace(manifest={}, fingerprint="x", tokenizer=None)
     monkeypatch.setattr(routing_page, "prepare", lambda *about: corpus)
-    run = SimpleNamespace(check_same_data=lambda data: None)
+    run = SimpleNamespace(check_same_data=lambda data: None, tokenizer=tmp_path / "tokenizer")
 
     def broken(*about):
         raise CheckpointError("no whole checkpoint")
