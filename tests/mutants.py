@@ -669,7 +669,7 @@ MUTANTS = [
     Mutant(
         "PyTorch: router losses added up over micro-batches",
         "lumina_torch/step.py",
-        "a / M if a.is_floating_point() else a, metrics",
+        "a / (M * processes) if a.is_floating_point() else a, metrics",
         "a, metrics",
         f"{STEP_T}_micro_batches_report_what_the_whole_batch_does",
     ),
