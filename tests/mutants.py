@@ -404,8 +404,8 @@ MUTANTS = [
     Mutant(
         "control tokens drawn",
         "lumina/generation.py",
-        "allowed_V[list(tokenizer.control.values())] = False",
-        "pass",
+        'tokenizer.control.items() if name != "<|document_end|>"]',
+        "tokenizer.control.items() if False]",
         f"{GENERATE_T}_only_text_and_document_end_are_ever_drawn",
     ),
     Mutant(
