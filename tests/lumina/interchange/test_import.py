@@ -122,6 +122,20 @@ def test_missing_control_tokens_get_rows_that_are_the_mean(tmp_path):
     assert load_tokenizer(config.data.tokenizer).fingerprint == ours.fingerprint
 
 
+def test_text_in_which_a_document_ends_verifies_a_model_without_a_row_for_that(tmp_path, monkeypatch):
+    ours = copied_into(tmp_path / "given")
+    write(tmp_path / "given", "llama", model_config(vocab_size=ours.vocab_size - 6))
+
+    def ended(config, tokenizer):
+        rows_NT, *rest = exporting.held_out(config, tokenizer)
+        rows_NT[:, 3] = tokenizer.control["<|document_end|>"]
+        return rows_NT, *rest
+
+    monkeypatch.setattr(importing, "held_out", ended)
+    _, told = imported(tmp_path / "given")
+    assert told["rows_added"] == 6
+
+
 def copied_into(directory):
     directory.mkdir()
     return copied(directory)
