@@ -18,6 +18,7 @@ from lumina.errors import ConfigError, UsageError
 from lumina.validation import nearest, validate
 
 PRESET_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
+TOKENIZER = "tokenizer"  # the directory of a tokenizer beside a config
 VARIANTS = ("", "dense", "moe", "mod", "hybrid")
 
 
@@ -300,7 +301,15 @@ def load(spec: str) -> Config:
         values = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read as a config: {str(error).splitlines()[0]}") from error
-    return validate(from_dict(values))
+    return beside(path.parent, validate(from_dict(values)))
+
+
+def beside(directory: Path, config: Config) -> Config:
+    """`config`, found in `directory`, with a tokenizer that lies there as well named by its path: it may have been moved."""
+    own = directory / config.data.tokenizer
+    if config.data.tokenizer == TOKENIZER and own.is_dir():
+        config.data.tokenizer = str(own.resolve())
+    return config
 
 
 # ------------------------------------------------------------------------------------------------------ overrides

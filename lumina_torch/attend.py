@@ -5,6 +5,7 @@ B rows, T query positions, S key positions, H query heads, K key/value heads, G 
 
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,20 +23,41 @@ NO_DOCUMENT = 2**31 - 1  # of filling at the end of a row: it is after every doc
 # --------------------------------------------------------------------------------------------------------------- forms
 
 
+class Flash(NamedTuple):
+    """A version of flash-attn, and what it runs on."""
+
+    module: str
+    name: str
+    least: tuple[int, int]  # compute capability of the GPU
+    most: tuple[int, int]
+    head_most: int  # width of a head
+
+
+# Newest first.
+VERSIONS = (
+    Flash("flash_attn.cute", "flash-attn 4", (9, 0), (99, 9), 128),
+    Flash("flash_attn_interface", "flash-attn 3", (9, 0), (9, 9), 256),
+    Flash("flash_attn", "flash-attn 2", (8, 0), (99, 9), 256),
+)
+TAKES = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal", "deterministic"}
+
+
 @functools.cache
-def flash_attention() -> tuple[str, Callable[..., Any] | None]:
-    """(name and version, the variable-length function) of the newest flash-attn that is installed; None without one.
+def flash_attention(head_dim: int) -> tuple[str, Callable[..., Any] | None]:
+    """(name and version, the variable-length function) of the newest flash-attn that is installed, runs on this GPU and takes
+    heads of this width and the arguments that it is given; None without one.
 
     Every layer asks, and to look in vain for three packages takes 0.3 ms (measured).
     """
-    for module, name in (
-        ("flash_attn.cute", "flash-attn 4"),
-        ("flash_attn_interface", "flash-attn 3"),
-        ("flash_attn", "flash-attn 2"),
-    ):
+    here = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    for version in VERSIONS:
+        if head_dim > version.head_most or (here and not version.least <= here <= version.most):
+            continue
         try:  # a package that is there need not have been built for this machine
-            return name, importlib.import_module(module).flash_attn_varlen_func
-        except (ImportError, AttributeError, OSError):
+            function = importlib.import_module(version.module).flash_attn_varlen_func
+            if inspect.signature(function).parameters.keys() >= TAKES:
+                return version.name, function
+        except (ImportError, AttributeError, OSError, TypeError, ValueError):
             continue
     return "", None
 
@@ -59,8 +81,8 @@ class Form:
             return f"takes {' or '.join(self.dtypes)}, not {dtype}"
         if head_dim % self.head_multiple or 0 < self.head_most < head_dim:
             return f"takes heads whose width is a multiple of {self.head_multiple}, at most {self.head_most}, not {head_dim}"
-        if self.name == "flash" and flash_attention()[1] is None:
-            return "needs the package flash-attn, which is not installed here"
+        if self.name == "flash" and flash_attention(head_dim)[1] is None:
+            return "needs the package flash-attn, which is not installed here in a version for this GPU and these heads"
         return ""
 
 
@@ -90,7 +112,7 @@ def choose_attention(form: str, platform: str, dtype: Any, head_dim: int) -> tup
     if form == "auto":
         preferred = PREFERRED.get(platform, "sdpa")
         if preferred in able:
-            version = f", {flash_attention()[0]}, rows packed without filling" if preferred == "flash" else ""
+            version = f", {flash_attention(head_dim)[0]}, rows packed without filling" if preferred == "flash" else ""
             return preferred, f"auto: the fastest on {platform}{version}"
         return "sdpa", f"auto: {preferred} {FORMS[preferred].refusal(*asked)}"
     if form not in FORMS:
@@ -186,14 +208,16 @@ def attend(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, places: Places, form:
 
 def attend_packed(q_BTHh: Tensor, k_BTKh: Tensor, v_BTKh: Tensor, packed: Packed) -> Tensor:
     """flash-attn's variable-length form: documents one after another, none filled up, each causal."""
-    attention, (B, T) = flash_attention()[1], q_BTHh.shape[:2]
+    attention, (B, T) = flash_attention(q_BTHh.shape[3])[1], q_BTHh.shape[:2]
     if attention is None:
         raise ConfigError("model.attention_form = 'flash': needs the package flash-attn; use sdpa")
     q, k, v = (x.reshape(B * T, *x.shape[2:]) for x in (q_BTHh, k_BTKh, v_BTKh))
     if packed.order_N is not None:
         q, k, v = (x[packed.order_N] for x in (q, k, v))
     bounds = {"cu_seqlens_q": packed.bounds, "cu_seqlens_k": packed.bounds}
-    mixed = attention(q, k, v, max_seqlen_q=packed.longest, max_seqlen_k=packed.longest, causal=True, **bounds)
+    lengths = {"max_seqlen_q": packed.longest, "max_seqlen_k": packed.longest}
+    # Unless told, its backward pass adds in an order of its own, whatever torch.use_deterministic_algorithms says.
+    mixed = attention(q, k, v, causal=True, deterministic=True, **bounds, **lengths)
     mixed = mixed[0] if isinstance(mixed, tuple) else mixed  # some versions give the logarithms of the sums as well
     if packed.order_N is not None:
         mixed = mixed[torch.argsort(packed.order_N)]

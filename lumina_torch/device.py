@@ -67,6 +67,11 @@ def choose_device(config: Config) -> Policy:
     here = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     available = [kind for kind, present in here.items() if present]
     deepspeed = config.torch.deepspeed.zero_stage != "off"
+    if config.torch.compile and config.model.mod.anneal_steps:
+        raise ConfigError(
+            "torch.compile = True: each of the capacities of model.mod.anneal_steps would be compiled, and PyTorch keeps few; "
+            "False would work"
+        )
     missing = no_compiler() if config.torch.compile else ""
     return decide(config.torch.device, available, config.train.compute_dtype, config.torch.compile, deepspeed, missing)
 

@@ -91,6 +91,8 @@ def main() -> None:
         if done.returncode:
             sys.exit(done.returncode)
         figures = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if silent := LANES.keys() - {each["lane"] for each in figures}:
+        sys.exit(f"no figure for {', '.join(sorted(silent))}: nothing was shown there")
     out.write_text(table(sorted(figures, key=lambda each: each["case"])), encoding="utf-8")
     print(f"{len(figures)} figures in {out}")
 

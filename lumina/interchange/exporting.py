@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lumina.architecture import layer_kinds
-from lumina.config import Config, DataConfig, save
+from lumina.config import TOKENIZER, Config, DataConfig, save
 from lumina.data.sources import open_source, place
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange import huggingface, safe_tensors, tokenizer_json, verify
@@ -25,7 +25,6 @@ from lumina.tokenizer import Tokenizer, load_tokenizer
 
 CANONICAL = "canonical"
 FORMATS = (*huggingface.ARCHITECTURES, CANONICAL)
-TOKENIZER = "tokenizer"  # directory of Lumina's own tokenizer files, in a run and in what is written here
 ROWS, MOST_POSITIONS = 4, 512  # of held-out text, whose logits are compared
 PIECES, PIECE = 300, 400  # of held-out text, whose ids are compared, and characters in each
 
@@ -57,6 +56,8 @@ def export(
     told: dict[str, Any] = {"source": str(path), "step": found.step, "checkpoint": "best" if best else "newest", "format": form}
     with appearing(out) as directory:
         if form == CANONICAL:
+            if (path / "data.json").is_file():  # for `Origin.check_data`: which rows are next depends on the data
+                shutil.copyfile(path / "data.json", directory / "data.json")
             origin = {"step": found.step, "progress": source.manifest.get("progress", {}), "exported_from": str(path)}
             write_canonical(directory, source.config, found, tokenizer, origin)
             _require_equal(state.read_state(state.locate(directory)), found)

@@ -90,6 +90,8 @@ def _refusals(values: dict[str, Any], form: str) -> Iterator[str]:
         yield f"partial_rotary_factor = {partial!r}: whole heads are rotated"
     if values.get("sliding_window") is not None and (form != "qwen3_moe" or values.get("use_sliding_window")):
         yield f"sliding_window = {values['sliding_window']!r}: attention sees the whole document"
+    if kinds := set(values.get("layer_types") or []) - {"full_attention"}:
+        yield f"layer_types = {sorted(map(str, kinds))}: attention sees the whole document"
     for name in ("attention_bias", "mlp_bias", "quantization_config"):
         if values.get(name):
             yield f"{name} = {values[name]!r}: there is none"

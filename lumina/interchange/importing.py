@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lumina.config import Config, DataConfig, ModelConfig, validate
+from lumina.config import TOKENIZER, Config, DataConfig, ModelConfig, validate
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.interchange import foreign, verify
-from lumina.interchange.exporting import TOKENIZER, Say, appearing, held_out, require_new, write_canonical, write_json
+from lumina.interchange.exporting import Say, appearing, held_out, require_new, write_canonical, write_json
 from lumina.interchange.safe_tensors import INDEX, SafeTensors
 from lumina.tokenizer import FILE, Tokenizer, load_tokenizer
 
@@ -40,7 +40,7 @@ def import_directory(path: Path, out: Path, say: Say) -> dict[str, Any]:
     weights = foreign.canonical(model, form, tensors, tensors.load)
     known = model.vocab_size
     model, weights, added = with_control_rows(model, weights, tokenizer)
-    data = DataConfig(sequence_length=positions_of(values), tokenizer=str(out.resolve() / TOKENIZER))
+    data = DataConfig(sequence_length=positions_of(values), tokenizer=TOKENIZER)
     config = validate(Config(model=model, data=data))
     told: dict[str, Any] = {"source": str(path), "format": form, "rows_added": added}
     with appearing(out) as directory:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumina.architecture import tensor_table
-from lumina.config import Config, ModelConfig, from_dict, validate
+from lumina.config import Config, ModelConfig, beside, from_dict, validate
 from lumina.errors import CheckpointError, ConfigError, UsageError
 from lumina.interchange import orbax
 from lumina.runs.checkpoints import changed, check_fits, find, written_by
@@ -167,7 +167,7 @@ def locate(path: Path, best: bool = False, step: int | None = None) -> Source:
         what = "no such directory" if not path.exists() else "has no config.json"
         raise UsageError(f"{path}: {what}; give a run directory, or what `lumina export` or `lumina import` wrote")
     try:
-        config = validate(from_dict(json.loads(config_file.read_text(encoding="utf-8"))))
+        config = beside(path, validate(from_dict(json.loads(config_file.read_text(encoding="utf-8")))))
     except (ValueError, ConfigError) as error:
         raise ConfigError(f"{config_file}: cannot be read as a config: {str(error).splitlines()[0]}") from error
     if not (path / MODEL).is_file():

@@ -207,20 +207,29 @@ def compare_models(ours: Ours, theirs: Theirs, rows_NT: np.ndarray, say: Callabl
             "nothing was written"
         )
     say(f"verifying with transformers: {CONTINUED} tokens of a continuation")
-    return figures | {"greedy": greedy(ours, theirs, rows_NT[0][:PROMPT], vocabulary or 0)}
+    continued = greedy(ours, theirs, rows_NT[0][:PROMPT], vocabulary or 0)
+    # Logits that are each within the tolerance may change places where two are no farther apart than twice that.
+    if continued.get("ahead", 0.0) > 2 * TOLERANCE * figures["largest_logit"] and not continued["after_near_tie"]:
+        raise CheckpointError(
+            f"transformers continues otherwise from token {continued['first_differs_at']} on, where our choice is ahead by "
+            f"{continued['ahead']:.3g}; nothing was written"
+        )
+    return figures | {"greedy": continued}
 
 
 def greedy(ours: Ours, theirs: Theirs, prompt_T: np.ndarray, vocabulary: int) -> dict[str, Any]:
-    """Whether both continue alike; else where not first, and by how much ours was ahead there: 0 is a tie."""
+    """Whether both continue alike; else where not first, by how much ours was ahead there (0 is a tie), and whether experts
+    were nearly tied at or before it."""
     found = theirs.continuation(prompt_T, CONTINUED)
-    logits_TV, _ = ours.logits(np.concatenate([prompt_T, found[:-1]]))
+    logits_TV, margin_T = ours.logits(np.concatenate([prompt_T, found[:-1]]))
     choices_nV = logits_TV[len(prompt_T) - 1 :, :vocabulary]  # of ours after what theirs wrote: the same until they differ
     chosen = choices_nV.argmax(axis=1)
     if not (differing := np.flatnonzero(chosen != found)).size:
         return {"tokens": CONTINUED, "equal": True}
     first = int(differing[0])
     ahead = float(choices_nV[first, chosen[first]] - choices_nV[first, found[first]])
-    return {"tokens": CONTINUED, "equal": False, "first_differs_at": first, "ahead": ahead}
+    tied = bool(np.any(margin_T[: len(prompt_T) + first] < NEAR_TIE))
+    return {"tokens": CONTINUED, "equal": False, "first_differs_at": first, "ahead": ahead, "after_near_tie": tied}
 
 
 # -------------------------------------------------------------------------------------------------------------- ids

@@ -11,6 +11,7 @@ from lumina.interchange.state import Source, State, locate, read_state
 from lumina.runs.directory import ACCEPT, RunDirectory, config_changes, deciding, replace_file
 from lumina.runs.progress import Progress
 from lumina.runs.steps import Steps
+from lumina.tokenizer import load_tokenizer
 
 FIELD = "checkpoint.init_from"
 
@@ -57,9 +58,9 @@ class Origin:
     def check_data(self, data: dict[str, Any], accept: bool = False) -> list[str]:
         """What is to be told of other data than the origin's. Raises a DataError where that must not be, unless `accept`."""
         path = Path(self.record["path"])
-        if not self.new or not (path / "data.json").is_file():
+        if not self.new:
             return []
-        changed = RunDirectory(path).data_changes(data)
+        changed = RunDirectory(path).data_changes(data) if (path / "data.json").is_file() else _tokenizer_changes(path, data)
         if self.record["part"] == "weights":
             return [f"{FIELD}: {change}" for change in changed if change.startswith("tokenizer.")]
         if changed and not accept:
@@ -90,6 +91,14 @@ class Origin:
             return State(0, state.weights), {"begun_from": self.record}
         progress = source.manifest.get("progress", {})
         return state, {"progress": progress, "begun_from": self.record}
+
+
+def _tokenizer_changes(path: Path, data: dict[str, Any]) -> list[str]:
+    """Of a directory that was imported, which has no data of its own."""
+    if not (path / "tokenizer").is_dir():
+        return []
+    before, now = load_tokenizer(str(path / "tokenizer")).fingerprint, data["tokenizer"]["fingerprint"]
+    return [f"tokenizer.fingerprint: {before[:12]} -> {now[:12]}"] if before != now else []
 
 
 def _check_tensors(source: Source, config: Config) -> None:

@@ -129,6 +129,7 @@ class Reporter:
             "loss": loss,
             "bits_per_byte": loss * self.tokens / math.log(2) / max(int(metrics["text_bytes"]), 1),
             **{name: float(metrics[name]) for name in ("accuracy", "learning_rate", "gradient_norm")},
+            **({"loss_scale": float(metrics["loss_scale"])} if "loss_scale" in metrics else {}),
             "tokens_per_second": speed,
             "peak_fraction": speed * self.flops_at(depth_capacity_at(self.config.model.mod, step - 1)) / self.peak,
         }
@@ -136,7 +137,9 @@ class Reporter:
         numbers, skipped = self.batches.row_numbers(step - 1), int(metrics["skipped"]) if update else 0
         if self.ledger is not None:
             rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
-            without = {} if update and not skipped else {"update": "skipped" if update else "passed over"}
+            overflowed = not math.isfinite(record["gradient_norm"])  # float16, whose scale was halved instead of a skip
+            why = "passed over" if not update else "skipped" if skipped else "overflowed" if overflowed else ""
+            without = {"update": why} if why else {}
             self.ledger.append({"step": step, "loss": struct.pack(">f", loss).hex(), "rows": rows, **without})
         warnings: list[str] = []
         if logged and self.log is not None:

@@ -3,6 +3,7 @@
 B rows, T positions, S key positions, H query heads, K key/value heads, h head width, N tokens.
 """
 
+import functools
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -70,9 +71,10 @@ def _check(segments_BT, form, dtype=torch.float32, heads=H, kv_heads=K):
 # ------------------------------------------------------------------------------------------------- flash, stood in for
 
 
-def _flash(q_NHh, k_NKh, v_NKh, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+def _flash(q_NHh, k_NKh, v_NKh, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, deterministic):
     """flash-attn's variable-length function as it is documented, document by document and query by query."""
     assert causal
+    assert deterministic
     assert cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     bounds = cu_seqlens_q.tolist()
     assert bounds == cu_seqlens_k.tolist()
@@ -154,7 +156,7 @@ def test_a_packed_row_of_one_token_documents_returns_its_own_values(form, flash)
 
 @pytest.mark.parametrize("module", ["flash_attn.cute", "flash_attn_interface", "flash_attn"])
 def test_a_version_that_gives_the_sums_as_well_is_understood(module, flash):
-    flash(lambda *args, **kwargs: (_flash(*args, **kwargs), "logarithms of sums"), module)
+    flash(functools.wraps(_flash)(lambda *args, **kwargs: (_flash(*args, **kwargs), "logarithms of sums")), module)
     _check(SEGMENTS["packed"], "flash")
 
 
@@ -241,22 +243,48 @@ def _install(monkeypatch, present):
     for name in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name) if name in present else None)
         if name in present:
-            sys.modules[name].flash_attn_varlen_func = name
+            sys.modules[name].flash_attn_varlen_func = functools.partial(_flash, name)
 
 
 @pytest.mark.parametrize(
     ("present", "expected"),
     [
-        ((), ("", None)),
-        (("flash_attn",), ("flash-attn 2", "flash_attn")),
-        (("flash_attn", "flash_attn_interface"), ("flash-attn 3", "flash_attn_interface")),
-        (("flash_attn", "flash_attn.cute"), ("flash-attn 4", "flash_attn.cute")),
+        ((), ""),
+        (("flash_attn",), "flash-attn 2"),
+        (("flash_attn", "flash_attn_interface"), "flash-attn 3"),
+        (("flash_attn", "flash_attn.cute"), "flash-attn 4"),
     ],
     ids=["none", "2", "2_and_3", "2_and_4"],
 )
 def test_the_newest_flash_attention_is_found(present, expected, monkeypatch):
     _install(monkeypatch, present)
-    assert flash_attention() == expected
+    name, function = flash_attention(64)
+    assert name == expected
+    assert (function is None) == (not present)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "expected"),
+    [
+        ((7, 5), 64, ""),
+        ((8, 0), 64, "flash-attn 2"),
+        ((9, 0), 64, "flash-attn 4"),
+        ((9, 0), 192, "flash-attn 3"),
+        ((10, 0), 64, "flash-attn 4"),
+        ((10, 0), 192, "flash-attn 2"),
+    ],
+)
+def test_of_all_versions_the_newest_for_this_gpu_and_these_heads_is_taken(capability, head_dim, expected, monkeypatch):
+    _install(monkeypatch, ("flash_attn", "flash_attn_interface", "flash_attn.cute"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert flash_attention(head_dim)[0] == expected
+
+
+def test_a_version_that_cannot_be_told_to_be_deterministic_is_not_taken(monkeypatch):
+    _install(monkeypatch, ("flash_attn",))
+    sys.modules["flash_attn"].flash_attn_varlen_func = lambda q, cu_seqlens_q, cu_seqlens_k, causal: q
+    assert flash_attention(64) == ("", None)
 
 
 def test_what_is_not_installed_is_looked_for_once(monkeypatch):
@@ -275,7 +303,7 @@ def test_what_is_not_installed_is_looked_for_once(monkeypatch):
 def test_a_flash_attention_without_the_function_is_none(monkeypatch):
     _install(monkeypatch, ("flash_attn",))
     del sys.modules["flash_attn"].flash_attn_varlen_func
-    assert flash_attention() == ("", None)
+    assert flash_attention(64) == ("", None)
 
 
 @pytest.mark.parametrize(

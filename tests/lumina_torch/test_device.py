@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lumina.config import load, override
+from lumina.config import Config, load, override
 from lumina.errors import ConfigError
 from lumina_torch.device import (
     be_exact,
@@ -115,3 +115,10 @@ def test_float32_products_are_made_exact():
     torch.set_float32_matmul_precision("high")
     be_exact(decide("cpu", LAPTOP, "float32", compile=False))
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_compiling_for_capacities_that_fall_is_refused():
+    config = Config()
+    config.torch.compile, config.model.mod.anneal_steps = True, 5
+    with pytest.raises(ConfigError, match=r"torch.compile = True: each of the capacities of model.mod.anneal_steps"):
+        choose_device(config)

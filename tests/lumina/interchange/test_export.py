@@ -75,7 +75,10 @@ def test_the_fold_of_the_embedding_and_what_training_drops_are_told(tmp_path):
 
 def test_canonical_keeps_every_bit(tmp_path):
     made = run_of(tmp_path / "run", model_config("1", {"score": "sigmoid"}), whole=True)
+    (tmp_path / "run" / "data.json").write_text('{"fingerprint": "of the data"}')
     told = exporting.export(tmp_path / "run", "canonical", tmp_path / "out", False, quiet)
+    assert (tmp_path / "out" / "data.json").read_text() == '{"fingerprint": "of the data"}'
+    assert "data.json" in json.loads((tmp_path / "out" / "manifest.json").read_text())["manifest"]["files"]
     assert told["optimizer"]
     config, found, manifest = state.load(tmp_path / "out")
     assert config == state.load(tmp_path / "run")[0]
@@ -221,12 +224,13 @@ def test_a_model_that_is_all_near_ties_is_not_called_verified(tmp_path, monkeypa
         exported(tmp_path, "mixtral")
 
 
-def test_a_continuation_tells_where_it_first_differs_and_by_how_much():
+@pytest.mark.parametrize(("margin", "tied"), [(np.inf, False), (1e-7, True)])
+def test_a_continuation_tells_where_it_first_differs_and_by_how_much(margin, tied):
     class Ours:
         def logits(self, ids_T):
             likely = (ids_T + 1) % 7
             likely[15 + 20] = 0  # 16 tokens of prompt, then twenty alike
-            return np.eye(7)[likely], None
+            return np.eye(7)[likely], np.full(len(ids_T), margin)
 
     class Theirs:
         def continuation(self, ids_T, count):
@@ -234,7 +238,15 @@ def test_a_continuation_tells_where_it_first_differs_and_by_how_much():
 
     prompt = np.arange(16) % 7
     told = verify.greedy(Ours(), Theirs(), prompt, 7)
-    assert told == {"tokens": 64, "equal": False, "first_differs_at": 20, "ahead": 1.0}
+    assert told == {"tokens": 64, "equal": False, "first_differs_at": 20, "ahead": 1.0, "after_near_tie": tied}
+
+
+def test_a_model_that_continues_otherwise_by_more_than_rounding_is_not_written(tmp_path, monkeypatch):
+    honest = verify.Theirs.continuation
+    monkeypatch.setattr(verify.Theirs, "continuation", lambda *about: [(token + 1) % 50 for token in honest(*about)])
+    with pytest.raises(CheckpointError, match="transformers continues otherwise from token 0 on, where our choice is ahead"):
+        exported(tmp_path, "llama")
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------- the command

@@ -136,6 +136,13 @@ def test_text_in_which_a_document_ends_verifies_a_model_without_a_row_for_that(t
     assert told["rows_added"] == 6
 
 
+def test_what_was_imported_may_be_moved(given, tmp_path):
+    out, _ = imported(given("llama tied")[0])
+    out.rename(tmp_path / "moved")
+    for config in (load(str(tmp_path / "moved")), state.load(tmp_path / "moved")[0]):
+        assert load_tokenizer(config.data.tokenizer).fingerprint == tokenizer().fingerprint
+
+
 def copied_into(directory):
     directory.mkdir()
     return copied(directory)
@@ -151,6 +158,7 @@ REFUSED = {
     "partial": ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     "window": ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096"),
     "window in qwen": ("qwen3 top-2", {"sliding_window": 4096, "use_sliding_window": True}, "sliding_window = 4096"),
+    "layer types": ("qwen3 top-2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ['sliding"),
     "attention bias": ("llama", {"attention_bias": True}, "attention_bias = True"),
     "mlp bias": ("llama", {"mlp_bias": True}, "mlp_bias = True"),
     "quantised": ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = "),

@@ -7,6 +7,7 @@ from lumina.interchange.state import State, write
 from lumina.runs.directory import RunDirectory
 from lumina.runs.origin import Origin
 from lumina.runs.steps import Steps
+from lumina.tokenizer import train_bpe
 from tests.lumina.interchange.states import (
     DATA,
     add_step,
@@ -174,6 +175,22 @@ def test_weights_may_go_to_other_data_and_another_tokenizer_is_told_of(source, r
     assert origin.check_data(DATA | {"fingerprint": "0" * 64, "held_out": {"num_tokens": 5}}) == []
     (said,) = origin.check_data(DATA | {"fingerprint": "0" * 64, "tokenizer": DATA["tokenizer"] | {"name": "gpt2"}})
     assert said == "checkpoint.init_from: tokenizer.name: 'bpe-300' -> 'gpt2'"
+
+
+@pytest.mark.parametrize("part", ["state", "weights"])
+def test_another_tokenizer_than_that_of_a_directory_without_data_is_noticed(tmp_path, run, part):
+    path = make_directory(tmp_path / "model", every_kind(), random_state(every_kind()))
+    tokenizer = train_bpe(["def f(x):\n    return x\n" * 9], 270)
+    tokenizer.save(path / "tokenizer")
+    origin = Origin.of(asking(path, part), run)
+    same = DATA | {"tokenizer": {"name": "bpe-270", "fingerprint": tokenizer.fingerprint}}
+    assert origin.check_data(same) == []
+    if part == "weights":
+        (said,) = origin.check_data(DATA)
+        assert said.startswith("checkpoint.init_from: tokenizer.fingerprint: ")
+    else:
+        with pytest.raises(DataError, match=r"trained on other data \(tokenizer\.fingerprint: "):
+            origin.check_data(DATA)
 
 
 def test_data_of_a_run_that_is_under_way_are_its_own(source, run):

@@ -153,6 +153,13 @@ def test_the_ledger_says_where_a_step_made_no_update(reporter, update, skipped, 
     assert record.get("update") == says
 
 
+def test_an_update_that_a_loss_scale_overflowed_leaves_its_trace(reporter):
+    reporter.dispatched(4, metrics(gradient_norm=np.float32(np.inf), loss_scale=np.float32(512)), True)
+    assert reporter.flush()["skipped"] == 0
+    assert read_json_lines(reporter.run.ledger)[0]["update"] == "overflowed"
+    assert read_json_lines(reporter.run.metrics)[0]["loss_scale"] == 512
+
+
 def test_the_loop_decides_by_what_the_step_found(reporter):
     reporter.dispatched(3, metrics(loss=np.float32(2.5), gradient_norm=np.float32(np.inf), stop=np.int32(2)), True)
     numbers = reporter.batches.row_numbers(2).tolist()
