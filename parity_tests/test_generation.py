@@ -49,7 +49,7 @@ def test_greedy_tokens_are_the_same(case, tokenizer):
     ours = lumina_jax.generate.Generator(config, graphdef, state.variables, tokenizer)
     others = lumina_torch.generate.Generator(config, twin.transformer, tokenizer)
     differing, distinct = 0, set()
-    for seed, length in enumerate((1, 10, 17)):
+    for seed, length in enumerate((9, 12)):
         prompt = np.random.default_rng(seed).integers(0, 290, length).tolist()
         expected, found = (list(g.tokens(prompt, 20, GREEDY)) for g in (ours, others))
         differing += sum(a != b for a, b in zip(expected, found, strict=True))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 import torch
 
+import lumina_jax.model
 import lumina_jax.step
 import lumina_torch.step
 from parity_tests.lanes import record
@@ -24,6 +25,12 @@ from parity_tests.pairs import (
 )
 
 STEPS = 200
+
+
+@pytest.fixture(autouse=True)
+def scanned(monkeypatch):
+    """JAX's layers are compiled once, not once each."""
+    monkeypatch.setattr(lumina_jax.model, "UNROLLED", 0)
 
 
 def trained(config, replay: bool, double: bool = False) -> tuple[float, Router]:
@@ -61,13 +68,13 @@ def test_200_steps_with_the_same_routing_lead_to_the_same_parameters(case):
     assert router.decided > 0 or case == "dense"
 
 
-@pytest.mark.parametrize("case", ["moe top-2, capacity", "hybrid"])
-def test_200_steps_in_micro_batches_lead_to_the_same_parameters(case):
+def test_200_steps_in_micro_batches_lead_to_the_same_parameters():
+    case = "hybrid"
     config = replace(CASES[case], train=replace(CASES[case].train, micro_batches=2))
     record("trajectory, replayed", f"{case}, in 2 micro-batches", trained(config, replay=True)[0])
 
 
-@pytest.mark.parametrize("case", ["dense", "hybrid", "hybrid of blocks, dropless"])
+@pytest.mark.parametrize("case", ["hybrid", "hybrid of blocks, dropless"])
 def test_200_steps_in_float64_lead_to_the_same_parameters_to_their_last_digits(case):
     with jax.enable_x64(True):
         away, router = trained(CASES[case], replay=True, double=True)
@@ -75,8 +82,8 @@ def test_200_steps_in_float64_lead_to_the_same_parameters_to_their_last_digits(c
     record("flips, float64", case, router.widest_flip)
 
 
-@pytest.mark.parametrize("case", ["moe top-1, capacity", "mod", "hybrid"])
-def test_the_first_decision_that_differs_was_nearly_a_tie(case):
+def test_the_first_decision_that_differs_was_nearly_a_tie():
+    case = "hybrid"
     away, router = trained(CASES[case], replay=False)
     record("trajectory", case, away)
     record("decisions that differed", case, router.flipped / router.decided)
