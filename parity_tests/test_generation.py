@@ -28,6 +28,7 @@ CASES = CASES | {
         ("hybrid of blocks, at random", "hybrid of blocks, dropless", {"router": "random"}),
     )
 }
+DECODED = [case for case in CASES if "capacity" not in case]  # which matters in training alone
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -42,7 +43,7 @@ def tokenizer():
     return train_bpe(["".join(f"def f{i}(x):\n    return x + {i * 37 % 101}\n" for i in range(60))], 300)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", DECODED)
 def test_greedy_tokens_are_the_same(case, tokenizer):
     config = legible(CASES[case])
     graphdef, state, twin = pair(config)
@@ -58,7 +59,7 @@ def test_greedy_tokens_are_the_same(case, tokenizer):
     record("generation", case, differing)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "dense"])
+@pytest.mark.parametrize("case", [case for case in DECODED if case != "dense"])
 def test_causal_routing_is_the_same(case):
     config, batch = legible(CASES[case]), random_batch()
     graphdef, state, twin = pair(config)

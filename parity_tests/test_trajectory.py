@@ -74,14 +74,6 @@ def test_200_steps_in_micro_batches_lead_to_the_same_parameters():
     record("trajectory, replayed", f"{case}, in 2 micro-batches", trained(config, replay=True)[0])
 
 
-@pytest.mark.parametrize("case", ["hybrid", "hybrid of blocks, dropless"])
-def test_200_steps_in_float64_lead_to_the_same_parameters_to_their_last_digits(case):
-    with jax.enable_x64(True):
-        away, router = trained(CASES[case], replay=True, double=True)
-    record("trajectory, float64", case, away)
-    record("flips, float64", case, router.widest_flip)
-
-
 def test_the_first_decision_that_differs_was_nearly_a_tie():
     case = "hybrid"
     away, router = trained(CASES[case], replay=False)
