@@ -3,6 +3,7 @@
 V vocabulary.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,7 @@ def allowed(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     return (ids < tokenizer.vocab_size) & ~np.isin(ids, control)
 
 
-class TextGenerator:
+class TextGenerator(ABC):
     """What follows a prompt; each backend says how."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer):
@@ -52,9 +53,9 @@ class TextGenerator:
         self.end = tokenizer.control["<|document_end|>"]
         self.allowed_V = allowed(tokenizer, config.model.vocab_size)
 
+    @abstractmethod
     def _continue(self, prompt: Sequence[int], count: int, sampling: Sampling, first: bool) -> Iterator[int]:
         """Yield `count` ids that follow the prompt; the `first` of a document is drawn by a seed of its own."""
-        raise NotImplementedError
 
     def tokens(self, prompt: Sequence[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
         """Yield up to `max_tokens` ids that follow `prompt`, the document end, if it comes, as the last one.

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +25,7 @@ Record = dict[str, Any]  # what the manifest says of a step: progress, ledger, f
 ARRAYS = {"lumina_jax": "state", "lumina_torch": "model.safetensors"}  # what a step holds, by the program that wrote it
 
 
-class Checkpoints:
+class Checkpoints(ABC):
     """The states of a run that is being trained. In several processes all call the same methods at the same step.
 
     What is about arrays is a framework's to say: the methods under "arrays" below.
@@ -64,25 +65,25 @@ class Checkpoints:
 
     # ---------------------------------------------------------------------------------------------------- arrays
 
+    @abstractmethod
     def _bytes(self) -> int:
         """Of a state on disk."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _on_host(self, state: Any) -> tuple[Any, dict[str, Record], str]:
         """A copy that later steps leave alone; of each array shape, dtype and digest; a digest of all that the model is."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _write_arrays(self, directory: Path, host: Any) -> None:
         """Write what `_on_host` returned; in the background."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _check_fits(self, directory: Path, leaves: dict[str, Record]) -> None:
         """Raise a CheckpointError that names an array which this model does not have so."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _read(self, directory: Path, leaves: dict[str, Record]) -> tuple[Any, list[str]]:
         """The state, and which of its arrays are not bit for bit what was saved."""
-        raise NotImplementedError
 
     def _agreed(self, value: Any) -> Any:
         """What the first process says."""
