@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> Config:
         batch_size=512,
         micro_batches=512,
         compute_dtype="bfloat16",
-        remat=True,
+        remat="full",
         eval_every=1000,
         eval_rows=1024,
     )

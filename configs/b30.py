@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> Config:
         batch_size=1024,
         micro_batches=1024,
         compute_dtype="bfloat16",
-        remat=True,
+        remat="full",
         eval_every=1000,
         eval_rows=512,
     )

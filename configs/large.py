@@ -24,5 +24,5 @@ def get_config(variant: str = "") -> Config:
     )
     data = DataConfig(tokenizer="gpt2", sequence_length=2048)
     optim = OptimConfig(learning_rate=0.0003, warmup_steps=1000)
-    train = TrainConfig(steps=27_000, batch_size=512, micro_batches=512, eval_every=500, remat=True)
+    train = TrainConfig(steps=27_000, batch_size=512, micro_batches=512, eval_every=500, remat="full")
     return as_variant(Config(model, data, optim, train, CheckpointConfig(every=500)), variant)

@@ -102,11 +102,11 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
     def norm(name: str, width: int, axis: str) -> Tensor:
         return Tensor(name, (width,), (axis,), std=None, constant=1.0)
 
-    def feedforward(name: str, width: int, stack: tuple[int, ...] = (), axes: str = "") -> list[Tensor]:
+    def feedforward(name: str, width: int, stack: tuple[int, ...] = (), first: str = "", embed: str = "embed") -> list[Tensor]:
         return [
-            matrix(f"{name}.gate", (*stack, d, width), f"{axes} embed mlp", d),
-            matrix(f"{name}.up", (*stack, d, width), f"{axes} embed mlp", d),
-            matrix(f"{name}.down", (*stack, width, d), f"{axes} mlp embed", width, residual),
+            matrix(f"{name}.gate", (*stack, d, width), f"{first} {embed} mlp", d),
+            matrix(f"{name}.up", (*stack, d, width), f"{first} {embed} mlp", d),
+            matrix(f"{name}.down", (*stack, width, d), f"{first} mlp {embed}", width, residual),
         ]
 
     table = [
@@ -121,9 +121,9 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
     table.append(norm("feedforward_norm.scale", d, "embed"))
     if kind.startswith("moe"):
         choices = experts + model.moe.noop_experts
-        table.append(matrix("moe.router", (d, choices), "embed expert", d))
-        table.append(Tensor("moe.bias", (choices,), ("expert",), std=None, trained=False))
-        table += feedforward("moe.experts", f, (experts,), "expert")
+        table.append(matrix("moe.router", (d, choices), "embed choices", d))
+        table.append(Tensor("moe.bias", (choices,), ("choices",), std=None, trained=False))
+        table += feedforward("moe.experts", f, (experts,), "expert", "expert_embed")
         if model.moe.shared_experts:
             table += feedforward("moe.shared", f * model.moe.shared_experts)
     else:
@@ -132,8 +132,8 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
         table.append(matrix("mod.router", (d,), "embed", d))
         table.append(Tensor("mod.bias", (), (), std=None))
         if width := model.mod.predictor_width:
-            table.append(matrix("mod.predictor.hidden", (d, width), "embed mlp", d))
-            table.append(matrix("mod.predictor.output", (width,), "mlp", width))
+            table.append(matrix("mod.predictor.hidden", (d, width), "embed predictor", d))
+            table.append(matrix("mod.predictor.output", (width,), "predictor", width))
             table.append(Tensor("mod.predictor.bias", (), (), std=None))
     return table
 
@@ -290,7 +290,7 @@ def memory(config: Config) -> Memory:
         per_layer.append(rows * tokens * width * (attended * attention + 3 * d + share * feedforward))
         wide.append(rows * tokens * width * share * slots * 3 * f)  # gradients of hidden, gate and up
     residual = rows * tokens * d * width
-    kept = sum(per_layer) if not config.train.remat else residual * model.num_layers + max(per_layer)
+    kept = sum(per_layer) if config.train.remat == "none" else residual * model.num_layers + max(per_layer)
     logits = min(rows * tokens, LOGIT_CHUNK) * model.vocab_size * 4
     gradients = weights if config.train.micro_batches == 1 else 2 * weights  # a sum, and a micro-batch's own
     return Memory(weights, gradients, 2 * weights, round(kept + max(wide) + 3 * residual + 3 * logits))

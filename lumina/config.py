@@ -124,7 +124,7 @@ class TrainConfig:
     micro_batches: int = 1  # the batch is computed in this many equal parts
     seed: int = 0  # of initialisation, shuffling, dropout and samples
     compute_dtype: str = "float32"  # float32, bfloat16 or (PyTorch) float16; parameters and optimizer stay float32
-    remat: bool = False  # recompute each layer in the backward pass: less memory, a third more work
+    remat: str = "none"  # the backward pass recomputes of each layer: none, full (a third more work), or all but the dots (JAX)
     eval_every: int = 200  # steps; 0 evaluates at the end only
     eval_rows: int = 0  # held-out rows an evaluation reads; 0 is all of them
     early_stopping: int = 0  # evaluations without improvement before stopping; 0 is off
@@ -132,9 +132,15 @@ class TrainConfig:
 
 @dataclass
 class MeshConfig:
-    """How many devices share the work. Nothing in the result depends on it but rounding."""
+    """How the devices share the work (JAX): the size of each axis, one of which may be -1, the rest of the devices. Nothing in
+    the result depends on it but rounding."""
 
-    data: int = -1  # devices that each take a part of every batch; -1 is all there are
+    data: int = -1  # splits the rows of a batch; each part has its own copy of the weights
+    fsdp: int = 1  # splits the rows of a batch, and weights, gradients and optimizer, gathered a layer at a time
+    expert: int = 1  # splits the rows of a batch, and the experts: tokens travel to them
+    context: int = 1  # splits each row, for long ones
+    tensor: int = 1  # splits heads and feed-forward width
+    auto: bool = False  # choose the axes for the devices at hand, their memory and the model, and say why
 
 
 @dataclass
@@ -231,6 +237,8 @@ def from_dict(values: Any, cls: type = Config, prefix: str = "") -> Any:
         if key not in names:
             raise ConfigError(f"{prefix}{key}: no such field{nearest(key, names)}; {where} has {', '.join(sorted(names))}")
         old = getattr(config, key)
+        if f"{prefix}{key}" == "train.remat" and isinstance(value, bool):  # runs from before remat had names
+            value = "full" if value else "none"
         setattr(config, key, from_dict(value, type(old), f"{prefix}{key}.") if dataclasses.is_dataclass(old) else value)
     return config
 

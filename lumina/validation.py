@@ -114,6 +114,7 @@ def validate(config: "Config") -> "Config":
         ("model.mod", mod, "router", ("learned", "random")),
         ("optim", o, "schedule", SCHEDULES),
         ("train", t, "compute_dtype", ("float32", "bfloat16", "float16")),
+        ("train", t, "remat", ("none", "full", "dots")),
         ("checkpoint", config.checkpoint, "init_part", ("state", "weights")),
         ("torch", config.torch, "device", ("auto", "cpu", "cuda", "mps")),
         ("torch.deepspeed", zero, "zero_stage", ("off", "auto", "0", "1", "2", "3")),
@@ -185,7 +186,16 @@ def validate(config: "Config") -> "Config":
         t.batch_size,
         f"must be a multiple of train.micro_batches = {t.micro_batches}",
     )
-    _require(config.mesh.data == -1 or config.mesh.data >= 1, "mesh.data", config.mesh.data, "must be -1 or at least 1")
+    axes = {field.name: getattr(config.mesh, field.name) for field in dataclasses.fields(config.mesh) if field.type is int}
+    for name, size in axes.items():
+        _require(size == -1 or size >= 1, f"mesh.{name}", size, "must be -1 or at least 1")
+    open_axes = [name for name, size in axes.items() if size == -1]
+    _require(
+        len(open_axes) < 2,
+        f"mesh.{open_axes[-1]}" if open_axes else "",
+        -1,
+        f"mesh.{open_axes[0] if open_axes else ''} is -1 already; one axis takes the rest",
+    )
     _require(config.checkpoint.keep >= 2, "checkpoint.keep", config.checkpoint.keep, "must be at least 2, lest one be damaged")
     _require(
         bool(config.checkpoint.backup_dir) or not config.checkpoint.backup_encrypt,

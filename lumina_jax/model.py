@@ -24,6 +24,9 @@ from lumina_jax.moe import MoE, RouterBias
 # into and out of one large array, 3 to 9 % of a step (measured). More layers would take too long to compile.
 UNROLLED = 8
 
+# What the backward pass keeps of each layer besides its input; of `none` everything.
+REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
 Metrics = dict[str, dict[str, Any]]  # "moe" and "mod" -> name -> array with a leading axis over the layers that have it
 
 
@@ -141,7 +144,7 @@ class Transformer(nnx.Module):
         *,
         dtype,
         mode: Mode = CAUSAL,
-        remat=False,
+        remat="none",
         key_B=None,
         caches=None,
         written_BT=None,
@@ -153,7 +156,7 @@ class Transformer(nnx.Module):
             dtype: of activations and of the parameters as they are used.
             mode: how layers route. In training dropout and jitter need `key_B`, a random key a row: what a row draws depends
                 on nothing else, neither micro-batches nor the mesh.
-            remat: recompute each period of layers in the backward pass.
+            remat: what of each period of layers the backward pass recomputes, as in TrainConfig.
             caches: from `make_caches`: what each row's tokens follow, all in one document.
             written_BT: with caches: the tokens that count; the others are filling, and neither cached nor seen.
         """
@@ -179,9 +182,9 @@ class Transformer(nnx.Module):
                     caches_out.append(c)
                 return x, (metrics, caches_out)
 
-            body = jax.checkpoint(repeat) if remat else repeat
+            body = repeat if remat == "none" else jax.checkpoint(repeat, policy=REMAT[remat])
             xs = (list(stacked), numbers_Rp, keys_RpB, caches[number] if caches is not None else None)
-            few = R <= UNROLLED and not remat  # which outside of a loop XLA would recompute early, and keep
+            few = R <= UNROLLED and remat == "none"  # which outside of a loop XLA would recompute early, and keep
             unroll = R if mode.training and few and jax.default_backend() == "cpu" else 1
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]

@@ -196,7 +196,7 @@ def make_gradients(
 
     def hidden(transformer: Transformer, micro: Batch, draw: Draw | None) -> tuple[Tensor, Metrics]:
         rows = (micro["inputs"], micro["segments"], micro["positions"])
-        hidden_BTD, metrics, _ = transformer(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat, draw=draw)
+        hidden_BTD, metrics, _ = transformer(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat == "full", draw=draw)
         return hidden_BTD, metrics
 
     def micro_loss(

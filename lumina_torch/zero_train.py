@@ -83,7 +83,7 @@ class ZeroTrainer(Trainer):
     def forms(self) -> str:
         """The forms of kernels that the devices take, what is split, and why."""
         told = [super().forms(), f"ZeRO stage {self.stage}: {self.why}"]
-        if self.stage == 3 and not self.config.train.remat:
+        if self.stage == 3 and self.config.train.remat == "none":
             told.append("without train.remat the backward pass holds the weights of all layers at once")
         return "\n".join(told)
 

@@ -12,7 +12,7 @@ from lumina_jax.step import controls, make_train_step, state_shapes
 
 ESTIMATED = {
     "debug": [],
-    "remat": ["--config.model.num_layers=4", "--config.train.remat=True"],
+    "remat": ["--config.model.num_layers=4", "--config.train.remat=full"],
     "dropless": ["--config.model.moe.dispatch=dropless", "--config.model.moe.top_k=2"],
     "block": ["--config.model.mod.scope=block", "--config.model.mod.anneal_steps=8"],
 }

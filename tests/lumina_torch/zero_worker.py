@@ -43,7 +43,7 @@ def cases():
             optim=OPTIM,
             model={"tie_embeddings": False, "d_model": 18},
             moe={"balance_over": "micro_batch", "balance_weight": 0.1, "shared_experts": 1, "dispatch": "dropless"},
-            remat=True,
+            remat="full",
         ),
         "mod": tiny("dense+mod", optim=OPTIM, mod={"scope": "block", "predictor_weight": 0.1}, micro_batches=2),
     }
@@ -93,7 +93,7 @@ def memory(policy, place, stage):
     gc.collect()
     before, found = bytes_held(), []
     sizes = {"d_model": 64, "d_ff": 256, "num_layers": 4}
-    config = tiny("moe", model=sizes, remat=True)
+    config = tiny("moe", model=sizes, remat="full")
     config.torch.deepspeed.bucket_size = 10_000
     zero = Zero(config, policy, place, stage)
     norm_of = zero.gate.norm_of
