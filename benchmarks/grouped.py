@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lumina.errors import UsageError, exit_with
+from lumina_jax.context import Row
 from lumina_jax.feedforward import ACTIVATIONS
 from lumina_jax.grouped import FORMS, choose_grouped, grouped_feedforward
 from lumina_jax.moe import experts_capacity
@@ -66,7 +67,7 @@ def contenders(shape, forms, dtype):
 
     def with_capacity(x_ND, weights, experts_Nk):
         grouped = (a.reshape(rows) for a in (x_ND, experts_Nk, gates_Nk))
-        return experts_capacity(*grouped, weights, ACTIVATION, capacity)[0]
+        return experts_capacity(*grouped, weights, ACTIVATION, capacity, Row(ROW, 1))[0]
 
     def dense(x_ND, weights, experts_Nk):
         return (ACTIVATIONS[ACTIVATION](x_ND @ weights[0]) * (x_ND @ weights[1])) @ weights[2]

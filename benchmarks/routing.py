@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax
-import numpy as np
 from train_step import WARM_UP, random_batch
 
 from lumina.architecture import counts
@@ -24,7 +23,7 @@ from lumina.config import Config, DataConfig, ModelConfig, TrainConfig, override
 from lumina.errors import UsageError, exit_with
 from lumina_jax.allocator import keep_large_buffers
 from lumina_jax.device import describe, matmul_peak
-from lumina_jax.mesh import make_mesh, place_rows, whole
+from lumina_jax.mesh import make_mesh, place_each, place_rows, shardings
 from lumina_jax.step import controls, init_state, make_train_step, state_shapes
 
 # Large enough that matrix products are most of a dense step on two cores. Of eight times as many parameters the optimizer alone
@@ -51,9 +50,9 @@ def variants(config: Config) -> dict[str, Config]:
 def stepper(config: Config) -> Callable[[], float]:
     """A compiled training step with a state of its own; each call makes one step and returns its seconds."""
     graphdef, mesh = state_shapes(config)[1], make_mesh(config)
-    state = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))()
+    state = jax.jit(lambda: init_state(config)[1], out_shardings=shardings(config, mesh, state_shapes(config)[0]))()
     batch = place_rows(mesh, random_batch(config))
-    knobs = controls(config, stop_N=place_rows(mesh, np.zeros(mesh.size, np.int32)))
+    knobs = controls(config, stop_N=place_each(mesh, 0))
     step = jax.jit(make_train_step(config, graphdef, mesh), donate_argnums=0).lower(state, batch, knobs).compile()
 
     def call() -> float:

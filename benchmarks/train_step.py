@@ -20,7 +20,7 @@ from lumina.config import Config, load, override
 from lumina.errors import UsageError, exit_with
 from lumina_jax.allocator import keep_large_buffers
 from lumina_jax.device import compiled_memory, describe, matmul_peak, peak_memory
-from lumina_jax.mesh import make_mesh, place_rows, whole
+from lumina_jax.mesh import make_mesh, place_each, place_rows, shardings
 from lumina_jax.step import controls, init_state, make_train_step, state_shapes
 
 WARM_UP = 3  # steps before timing
@@ -43,9 +43,9 @@ def measure(config: Config, steps: int) -> dict[str, object]:
     """Compile, warm up, time `steps` steps one by one, and set them against the peak."""
     _, graphdef = state_shapes(config)
     mesh = make_mesh(config)
-    state = jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh))()
+    state = jax.jit(lambda: init_state(config)[1], out_shardings=shardings(config, mesh, state_shapes(config)[0]))()
     batch = place_rows(mesh, random_batch(config))
-    knobs = controls(config, stop_N=place_rows(mesh, np.zeros(mesh.size, np.int32)))
+    knobs = controls(config, stop_N=place_each(mesh, 0))
     began = time.perf_counter()
     step = jax.jit(make_train_step(config, graphdef, mesh), donate_argnums=0).lower(state, batch, knobs).compile()
     compile_seconds = time.perf_counter() - began

@@ -138,16 +138,23 @@ def block_tensors(model: ModelConfig, kind: str) -> list[Tensor]:
     return table
 
 
+def embedding_tensor(model: ModelConfig) -> Tensor:
+    return Tensor("embedding.weight", (model.vocab_size, model.d_model), ("vocab", "embed"), std=model.embedding_std)
+
+
+def head_tensor(model: ModelConfig) -> Tensor:
+    """The output projection, where it is not the embedding."""
+    shape, std = (model.d_model, model.vocab_size), 1 / math.sqrt(model.d_model)
+    return Tensor("head.weight", shape, ("embed", "vocab"), std=std, decayed=True)
+
+
 def tensor_table(model: ModelConfig) -> list[Tensor]:
     """Every tensor of the model, in order from input to output."""
-    d, v = model.d_model, model.vocab_size
-    table = [Tensor("embedding.weight", (v, d), ("vocab", "embed"), std=model.embedding_std)]
+    table = [embedding_tensor(model)]
     for i, kind in enumerate(layer_kinds(model)):
         table += [Tensor(f"blocks.{i}.{t.name}", *_rest(t)) for t in block_tensors(model, kind)]
-    table.append(Tensor("final_norm.scale", (d,), ("embed",), std=None, constant=1.0))
-    if not model.tie_embeddings:
-        table.append(Tensor("head.weight", (d, v), ("embed", "vocab"), std=1 / math.sqrt(d), decayed=True))
-    return table
+    table.append(Tensor("final_norm.scale", (model.d_model,), ("embed",), std=None, constant=1.0))
+    return table if model.tie_embeddings else [*table, head_tensor(model)]
 
 
 def _rest(t: Tensor) -> tuple:

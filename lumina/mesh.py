@@ -5,7 +5,7 @@ over `context`; heads and feed-forward width over `tensor`, experts over `expert
 and a layer's are gathered when it is computed (ZeRO-3; Rajbhandari et al., 2020).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from lumina.architecture import Tensor, tensor_table
@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
 class Rules:
     """The mesh axes that split each logical axis of the table of tensors, outermost first.
 
-    What a layer computes with is gathered over the axes in GATHERED and stays split over the others.
+    A layer's weights are gathered along the logical axes in GATHERED when it is computed, and stay split along the others.
     """
 
     vocab: tuple[str, ...] = ("tensor",)
@@ -65,7 +65,7 @@ class Rules:
     predictor: tuple[str, ...] = ()
 
     def layout(self, tensor: Tensor) -> tuple[tuple[str, ...], ...]:
-        """The mesh axes that split each dimension. Tensors of one dimension stay whole: a gather would take longer than they are worth.
+        """The mesh axes that split each dimension. Tensors of one dimension stay whole: they are not worth a gather.
 
         Raises ValueError where two dimensions would be split over one mesh axis.
         """
@@ -82,8 +82,8 @@ class Rules:
 
 
 RULES = Rules()
-GATHERED = {"embed", "expert_embed"}  # logical axes that a layer has whole while it is computed
-assert {field.name for field in fields(Rules)} >= GATHERED
+GATHERED = ("embed", "expert_embed")  # logical axes that a layer has whole while it is computed
+GATHERED_OVER = RULES.embed
 
 
 def resolve(config: Config, devices: int) -> Sizes:

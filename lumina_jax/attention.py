@@ -12,6 +12,7 @@ from flax import nnx
 
 from lumina.config import ModelConfig
 from lumina_jax.attend import attend, attend_cached
+from lumina_jax.context import Row, attend_context
 
 
 class Cache(NamedTuple):
@@ -72,19 +73,26 @@ class Attention(nnx.Module):
             self.query_norm = RMSNorm(param("attention.query_norm.scale"), model.norm_eps)
             self.key_norm = RMSNorm(param("attention.key_norm.scale"), model.norm_eps)
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, cache: Cache | None = None, written_BT=None):
+    def __call__(self, x_BTD, segments_BT, positions_BT, row: Row, cache: Cache | None = None, written_BT=None):
         """Returns ([B, T, D], cache). With a cache a row is one document, of which x is what follows; the tokens that are
-        written join it, each seeing what came before it and itself. The output of the others means nothing."""
+        written join it, each seeing what came before it and itself. The output of the others means nothing.
+
+        x is a device's part of `row`, of which segments and positions are whole. With some of the heads the output is their
+        share of it.
+        """
         dtype = x_BTD.dtype
         q_BTHh = jnp.einsum("btd,dnh->btnh", x_BTD, self.query.astype(dtype))
         k_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.key.astype(dtype))
         v_BTKh = jnp.einsum("btd,dnh->btnh", x_BTD, self.value.astype(dtype))
         if hasattr(self, "query_norm"):
             q_BTHh, k_BTKh = self.query_norm(q_BTHh), self.key_norm(k_BTKh)
+        positions_BT = row.own(positions_BT, 0)
         q_BTHh = rotary(q_BTHh, positions_BT, self.rope_theta)
         k_BTKh = rotary(k_BTKh, positions_BT, self.rope_theta)
         with jax.named_scope("attend"):
-            if cache is None:
+            if row.n > 1:
+                mixed_BTHh = attend_context(q_BTHh, k_BTKh, v_BTKh, segments_BT, row, self.form)
+            elif cache is None:
                 mixed_BTHh = attend(q_BTHh, k_BTKh, v_BTKh, segments_BT, self.form)
             else:
                 cache, last_BT = cache.append(k_BTKh, v_BTKh, written_BT)

@@ -22,7 +22,7 @@ from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps
 from lumina_jax.digest import digests
-from lumina_jax.mesh import agreed, in_any, one_device, own_copy, shaped_whole
+from lumina_jax.mesh import agreed, in_any, one_device, shaped_whole
 from lumina_jax.model import Variables
 from lumina_jax.step import TrainState, state_shapes
 
@@ -49,8 +49,7 @@ class Checkpoints(checkpoints.Checkpoints):
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._like))
 
     def _on_host(self, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, Record], str]:
-        """The state is whole on every device, so that the first process writes it alone, and waits for no other."""
-        named = by_name(own_copy(state))
+        named = by_name(state)
         found = digests(named)
         # A copy: the arrays are about to be given away to the next step.
         host = {name: np.array(array) for name, array in named.items()}

@@ -12,13 +12,14 @@ from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config
 from lumina_jax.attend import choose_attention
 from lumina_jax.grouped import choose_grouped
+from lumina_jax.mesh import axes_of
 
 
 def describe(mesh: Mesh) -> str:
     """Number, platform and kind of the devices in use; names the ones that stay idle."""
     first, idle = mesh.devices.flat[0], jax.device_count() - mesh.size
     each = f"{mesh.size} x {first.platform} ({first.device_kind})"
-    shared = ", each with its part of every batch" if mesh.size > 1 else ""
+    shared = f" as {axes_of(mesh)}" if mesh.size > 1 else ""
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     return f"{each}{processes}{shared}, jax {jax.__version__}" + (f"; {idle} more stay idle" if idle else "")
 

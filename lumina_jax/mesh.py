@@ -1,7 +1,7 @@
 """The devices that share the work, and how arrays lie on them.
 
-Each device takes some rows of every batch; parameters and optimizer are whole on each. Processes, one a host or several on one,
-join when JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+Which axes there are, and what each splits, is in `lumina.mesh`. Processes, one a host or several on one, join when
+JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
 """
 
 import os
@@ -10,13 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from lumina import mesh as layout
+from lumina.architecture import Tensor, layer_kinds, layer_plan, tensor_table
 from lumina.config import Config
 from lumina.errors import ConfigError, UsageError
+from lumina.mesh import AXES
+from lumina_jax.model import canonical_names
+from lumina_jax.sharding import Axes
 
-AXIS = "data"
-ROWS, WHOLE = PartitionSpec(AXIS), PartitionSpec()
+ROWS, WHOLE, EACH = PartitionSpec(layout.ROWS), PartitionSpec(), PartitionSpec(AXES)
 JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -35,26 +39,43 @@ def join() -> None:
         raise UsageError(f"{JOINED_BY[0]}={address} {JOINED_BY[1]}={count} {JOINED_BY[2]}={number}: {error}") from error
 
 
-def make_mesh(config: Config) -> Mesh:
-    """All devices, or the first `mesh.data`; raises ConfigError where the rows computed at once do not divide by them."""
-    available, wanted = jax.device_count(), config.mesh.data
-    count = available if wanted == -1 else wanted
-    rows = config.train.batch_size // config.train.micro_batches
-    if count > available or (jax.process_count() > 1 and count < available):
-        works = f"at most {available}" if jax.process_count() == 1 else f"-1 or {available}, so that no process is left out"
-        raise ConfigError(f"mesh.data = {wanted}: there are {available} devices; it must be {works}")
-    if rows % count:
-        fits = max(n for n in range(1, count + 1) if rows % n == 0)
+def make_mesh(config: Config, devices: Any = None) -> Mesh:
+    """The mesh that `config.mesh` asks for, of all devices or those given; what it does not need stays idle.
+
+    Raises ConfigError as `lumina.mesh.resolve`, and where a process would be left without a device.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = layout.resolve(config, len(devices))
+    if jax.process_count() > 1 and sizes.devices < len(devices):
         raise ConfigError(
-            f"mesh.data = {wanted}: train.batch_size / train.micro_batches = {rows} rows cannot be split over {count} devices; "
-            f"use a multiple of {count} rows" + (f", or mesh.data={fits}" if jax.process_count() == 1 else "")
+            f"mesh: {sizes} takes {sizes.devices} of {len(devices)} devices; with several processes it must take all, "
+            "such as by -1 for one axis"
         )
-    return jax.make_mesh((count,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:count])
+    return mesh_of(sizes, devices[: sizes.devices])
+
+
+def mesh_of(sizes: layout.Sizes, devices: Any) -> Mesh:
+    """A mesh of these devices: on a TPU so that its axes follow the wires, else in their order."""
+    if devices[0].platform == "tpu":
+        from jax.experimental import mesh_utils
+
+        arranged = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+    else:
+        arranged = np.array(devices).reshape(tuple(sizes))
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def one_device() -> Mesh:
     """The first device alone."""
-    return jax.make_mesh((1,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.local_devices()[:1])
+    return mesh_of(layout.Sizes(), jax.local_devices()[:1])
+
+
+def axes_of(mesh: Mesh) -> Axes:
+    """The sizes of a mesh, for the code on one device of it."""
+    return Axes(**dict(mesh.shape))
+
+
+# ------------------------------------------------------------------------------------------------ how arrays lie on it
 
 
 def whole(mesh: Mesh) -> NamedSharding:
@@ -62,16 +83,81 @@ def whole(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, WHOLE)
 
 
+def specs(config: Config, tree: Any) -> Any:
+    """How each leaf of a state, or of a part of one, lies on any mesh: split as its tensor is, else whole.
+
+    Leaves that stack layers have one axis more, which is not split.
+    """
+    plan = layer_plan(layer_kinds(config.model))
+    table = {tensor.name: tensor for tensor in tensor_table(config.model)}
+
+    def spec(path: Any, _: Any) -> PartitionSpec:
+        tensor = tensor_at(plan, table, path)
+        if tensor is None:
+            return WHOLE
+        stacked = (None,) if tensor.name.startswith("blocks.") else ()
+        return PartitionSpec(*stacked, *(over or None for over in layout.RULES.layout(tensor)))
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def tensor_at(plan: Any, table: dict[str, Tensor], path: Any) -> Tensor | None:
+    """The row of the table, the first of those stacked, of what is at `path` in a state; None for what is no tensor."""
+    for start, key in enumerate(path):
+        if isinstance(key, jax.tree_util.DictKey):
+            return table[canonical_names(plan, path[start:])[0]]
+    return None
+
+
+def shardings(config: Config, mesh: Mesh, tree: Any) -> Any:
+    """`specs` on this mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config, tree), is_leaf=_is_spec)
+
+
+def shaped(config: Config, mesh: Mesh, shapes: Any) -> Any:
+    """Shapes and dtypes of a state, or of a part of one, with shardings."""
+    return jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes, shardings(config, mesh, shapes)
+    )
+
+
 def shaped_whole(mesh: Mesh, shapes: Any) -> Any:
     """Shapes and dtypes, every device to have all of each."""
-    sharding = whole(mesh)
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole(mesh)), shapes)
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def row_blocks(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """(which of n equal parts of a batch's rows this process reads, n): what its devices work on."""
+    count = axes_of(mesh).row_parts
+    indices = NamedSharding(mesh, ROWS).addressable_devices_indices_map((count,)).values()
+    return tuple(sorted({index[0].indices(count)[0] for index in indices if index})), count
 
 
 def place_rows(mesh: Mesh, tree: Any) -> Any:
-    """This process's rows as its part of arrays whose leading axis is spread over the devices."""
-    sharding = NamedSharding(mesh, ROWS)
-    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), tree)
+    """The rows that this process has read, of all `row_blocks` in their order, as its part of arrays of all rows."""
+    (blocks, count), sharding = row_blocks(mesh), NamedSharding(mesh, ROWS)
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        size = len(array) // len(blocks)
+
+        def part(index: Any) -> np.ndarray:
+            first = blocks.index(index[0].indices(size * count)[0] // size) * size
+            return array[first : first + size]
+
+        return jax.make_array_from_callback((size * count, *array.shape[1:]), sharding, part)
+
+    return jax.tree.map(place, tree)
+
+
+def place_each(mesh: Mesh, value: Any) -> jax.Array:
+    """int32 [N]: what each device's process says, a number a device."""
+    sharding = NamedSharding(mesh, EACH)
+    return jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full(1, value, np.int32))
 
 
 def agreed(value: Any) -> Any:
@@ -96,6 +182,10 @@ def require_same(what: str, digest: str) -> None:
             raise ConfigError(f"{what}: process {different[0]} has another than process 0; start all with the same")
 
 
-def own_copy(tree: Any) -> Any:
-    """Whole arrays as this process's first device has them: what it computes with them waits for no other process."""
-    return jax.tree.map(lambda a: a.addressable_data(0), tree)
+def own_copy(mesh: Mesh, tree: Any) -> Any:
+    """The arrays whole on this process's first device: what it computes with them waits for no other process.
+
+    All processes call it together, as what is split is gathered.
+    """
+    gathered = jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree)
+    return jax.tree.map(lambda a: a.addressable_data(0), gathered)

@@ -3,6 +3,7 @@
 B rows, T positions, C selected positions, D model width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from flax import nnx
 from lumina.architecture import capacity
 from lumina.config import ModelConfig
 from lumina_jax.attention import at_least_float32
+from lumina_jax.context import Row, ring_take
 from lumina_jax.digest import mix
-from lumina_jax.gather import inverse_index, take_rows
+from lumina_jax.gather import inverse_index
+from lumina_jax.sharding import ALONE, Axes
 
 
 def select_top(logit_BT, count: int):
@@ -24,35 +27,44 @@ def select_top(logit_BT, count: int):
 
 
 class Selection(NamedTuple):
-    """Which tokens of each row take the layer, and how much of its output they add."""
+    """Which tokens of each row take the layer, and how much of its output they add. Of whole rows, on each of its devices."""
 
+    row: Row
     taken_BT: jax.Array  # bool
     gate_BT: jax.Array  # in at least float32
     index_BC: jax.Array | None = None  # positions of a fixed number of tokens, in temporal order; None: any number
     slot_BT: jax.Array | None = None  # the inverse: place of a token among the selected, -1 when it is not
 
-    def run(self, inner: Callable[..., tuple[Any, Any, Any]], x_BTD, *others, cache: Any = None):
+    def run(self, inner: Callable[..., tuple[Any, Any, Any]], x_BTD, *others, cache: Any = None, axes: Axes = ALONE):
         """(gate * f(x) at the tokens that take the layer and zero elsewhere [B, T, D], metrics, cache).
 
-        `inner(x [B, N, D], *others [B, N], taken)` returns (f(x), metrics, cache). When a fixed number is selected it is given
-        those alone, with taken None: what is skipped is not computed. Otherwise it is given all, with taken [B, N], or not
-        called at all when no row has any; then `cache` stays as it is.
+        `inner(row, x [B, N, D], *others [B, N], taken)` returns (f(x), metrics, cache); x is a device's part of `row`, the
+        others are whole. When a fixed number is selected it is given a row of those alone, with taken None: what is skipped
+        is not computed. Otherwise it is given all, with taken [B, N], or not called at all when no row has any; then `cache`
+        stays as it is.
         """
+        row = self.row
         if self.index_BC is None or self.slot_BT is None:
             given = (x_BTD, *others, self.taken_BT)
-            out, metrics, _ = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(inner, *given))
+            of_row = functools.partial(inner, row)
+            out, metrics, _ = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(of_row, *given))
+            any_taken = axes.sum(jnp.any(self.taken_BT).astype(jnp.int32)) > 0  # devices meet within, so all go or none
             out_BTD, metrics, cache = jax.lax.cond(
-                jnp.any(self.taken_BT), lambda given: inner(*given), lambda given: (out, metrics, cache), given
+                any_taken, lambda given: of_row(*given), lambda given: (out, metrics, cache), given
             )
-            gated_BTD = out_BTD * self.gate_BT[:, :, None].astype(out_BTD.dtype)
-            return jnp.where(self.taken_BT[:, :, None], gated_BTD, 0), self._of_row(metrics), cache
+            gated_BTD = out_BTD * row.own(self.gate_BT, 0)[:, :, None].astype(out_BTD.dtype)
+            return jnp.where(row.own(self.taken_BT, False)[:, :, None], gated_BTD, 0), self._of_row(metrics), cache
+        selected_row = Row(self.index_BC.shape[1], row.n)
+        # Where the selected tokens of this device come from, and where its tokens of the row go to.
+        from_BC = row.address(selected_row.own(self.index_BC, -1))
+        to_BT = selected_row.address(row.own(self.slot_BT, -1))
         with jax.named_scope("select"):
-            x_BCD = take_rows(x_BTD, self.index_BC, self.slot_BT[:, :, None])
+            x_BCD = ring_take(x_BTD, from_BC, to_BT[:, :, None], row.n)
             selected = [jnp.take_along_axis(other_BT, self.index_BC, axis=1) for other_BT in others]
-        out_BCD, metrics, cache = inner(x_BCD, *selected, None)
+        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, None)
         with jax.named_scope("scatter"):
-            gate_BC1 = jnp.take_along_axis(self.gate_BT, self.index_BC, axis=1)[:, :, None].astype(out_BCD.dtype)
-            out_BTD = take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None])
+            gate_BC = selected_row.own(jnp.take_along_axis(self.gate_BT, self.index_BC, axis=1), 0)
+            out_BTD = ring_take(out_BCD * gate_BC[:, :, None].astype(out_BCD.dtype), to_BT, from_BC[:, :, None], row.n)
         return out_BTD, self._of_row(metrics), cache
 
     def _of_row(self, metrics: Any) -> Any:
@@ -90,31 +102,32 @@ class MoD(nnx.Module):
             self.predictor = Predictor(param)
         self.mod = model.mod
 
-    def __call__(self, z_BTD, positions_BT, layer, top: bool) -> tuple[Selection, dict[str, jax.Array]]:
+    def __call__(self, z_BTD, positions_BT, layer, top: bool, row: Row) -> tuple[Selection, dict[str, jax.Array]]:
         """Select tokens: with `top` the highest C = ceil(c T) of each row, which sees the future, as in training; without it
         each token decides for itself, as evaluation and generation do and as the predictor loss teaches.
+
+        z is a device's part of `row`; what is selected, and the metrics, are of whole rows.
 
         Metrics: predictor_loss, logit_BT (above zero, the causal decision is to take the layer) and taken_BT. `layer` and
         `positions` are what random routing (`mod.router`) draws by.
         """
         wide_BTD = at_least_float32(z_BTD)
         router, bias = self.router.astype(wide_BTD.dtype), self.bias.astype(wide_BTD.dtype)
-        logit_BT = wide_BTD @ router + bias
+        logit_BT = row.whole(wide_BTD @ router + bias)
         if self.mod.router == "random":
             wish_BT = causal_BT = self.mod.capacity - uniform(positions_BT, layer)
         else:
             wish_BT = logit_BT
             # What decides learns the membership from z as it finds it: that gradient goes to the router alone.
             still_BTD = jax.lax.stop_gradient(wide_BTD)
-            causal_BT = self.predictor(still_BTD) if self.mod.predictor_width else still_BTD @ router + bias
+            causal_BT = row.whole(self.predictor(still_BTD) if self.mod.predictor_width else still_BTD @ router + bias)
         gate_BT = jax.nn.sigmoid(logit_BT)
         if top:
-            T = z_BTD.shape[1]
-            index_BC = select_top(jax.lax.stop_gradient(wish_BT), capacity(T, self.mod.capacity))
-            slot_BT = inverse_index(index_BC, T)
-            selection = Selection(slot_BT >= 0, gate_BT, index_BC, slot_BT)
+            index_BC = select_top(jax.lax.stop_gradient(wish_BT), capacity(row.tokens, self.mod.capacity))
+            slot_BT = inverse_index(index_BC, row.tokens)
+            selection = Selection(row, slot_BT >= 0, gate_BT, index_BC, slot_BT)
         else:
-            selection = Selection(causal_BT > 0, gate_BT)
+            selection = Selection(row, causal_BT > 0, gate_BT)
         target_BT = selection.taken_BT.astype(wide_BTD.dtype)
         learned = 0.0 if self.mod.router == "random" else 1.0
         metrics = {

@@ -13,19 +13,31 @@ import numpy as np
 from flax import nnx
 
 from lumina import architecture
-from lumina.architecture import Segment, Tensor, layer_kinds, layer_plan, tensor_table
+from lumina.architecture import (
+    Segment,
+    Tensor,
+    block_tensors,
+    embedding_tensor,
+    head_tensor,
+    layer_kinds,
+    layer_plan,
+    tensor_table,
+)
 from lumina.config import ModelConfig
+from lumina.mesh import GATHERED_OVER
 from lumina_jax.attention import Attention, Cache, RMSNorm
+from lumina_jax.context import Row
 from lumina_jax.feedforward import FeedForward
 from lumina_jax.mod import MoD
 from lumina_jax.moe import MoE, RouterBias
+from lumina_jax.sharding import ALONE, Axes, dots_alone, gathers_again
 
 # Repeats of a segment that training on a CPU compiles one by one: what the backward pass needs of a scanned layer is copied
 # into and out of one large array, 3 to 9 % of a step (measured). More layers would take too long to compile.
 UNROLLED = 8
 
-# What the backward pass keeps of each layer besides its input; of `none` everything.
-REMAT = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+# What the backward pass keeps of each layer besides its input; None: nothing.
+REMAT = {"none": gathers_again, "full": None, "dots": dots_alone}
 
 Metrics = dict[str, dict[str, Any]]  # "moe" and "mod" -> name -> array with a leading axis over the layers that have it
 
@@ -65,48 +77,61 @@ class Block(nnx.Module):
         self.routes_block = model.mod.scope == "block"
         self.dropout = model.dropout
 
-    def __call__(self, x_BTD, segments_BT, positions_BT, mode: Mode, layer=0, key_B=None, cache=None, written_BT=None):
-        """Returns ([B, T, D], metrics, cache). `layer` is its number; see `Transformer` for the others."""
+    def __call__(
+        self, x_BtD, segments_BT, positions_BT, mode: Mode, layer=0, key_B=None, cache=None, written_BT=None, axes: Axes = ALONE
+    ):
+        """Returns ([B, t, D], metrics, cache). `layer` is its number; see `Transformer` for the others.
+
+        x is a device's part of each row, in pieces over `context` and `tensor`. What computes is given the pieces of `tensor`
+        together, as it has some heads and some of the feed-forward's width, and returns its share of a sum.
+        """
         keys = split_keys(key_B, 3) if key_B is not None else (None, None, None)
+        row, tensor = Row(segments_BT.shape[1], axes.context), ("tensor",)
 
-        def attention(x, segments, positions, written):
-            with jax.named_scope("attention"):
-                mixed, after = self.attention(self.attention_norm(x), segments, positions, cache, written)
-                return self._drop(mixed, mode, keys[0]), after
+        def attention(row, z, segments, positions, written):
+            mixed, after = self.attention(z, segments, positions, row, cache, written)
+            return self._drop(mixed, mode, keys[0]), after
 
-        def feedforward(z, taken):
-            out, metrics = (
-                self.moe(z, mode.training, keys[1], taken, mode.tell) if hasattr(self, "moe") else (self.feedforward(z), {})
-            )
+        def feedforward(row, z, taken):
+            if hasattr(self, "moe"):
+                out, metrics = self.moe(z, row, mode.training, keys[1], taken, mode.tell, axes)
+            else:
+                out, metrics = self.feedforward(z), {}
             return self._drop(out, mode, keys[2]), metrics
 
-        def both(x, segments, positions, taken):
+        def both(row, x, segments, positions, taken):
             """Attention and feed-forward among the tokens taken; what the others hold is in no segment of theirs."""
             if taken is not None:
                 segments = jnp.where(taken, segments, -1)
             written = taken if written_BT is None or taken is None else written_BT & taken
-            mixed, after = attention(x, segments, positions, written)
+            with jax.named_scope("attention"):
+                mixed, after = attention(row, self.attention_norm(x), segments, positions, written)
             with jax.named_scope("feedforward"):
-                out, metrics = feedforward(self.feedforward_norm(x + mixed), taken)
+                out, metrics = feedforward(row, self.feedforward_norm(x + axes.sum(mixed, tensor)), taken)
             return mixed + out, metrics, after
 
         depth: dict[str, Any] = {}
         if hasattr(self, "mod") and self.routes_block:
-            selection, depth = self.mod(self.attention_norm(x_BTD), positions_BT, layer, mode.top)
-            change_BTD, experts, cache = selection.run(both, x_BTD, segments_BT, positions_BT, cache=cache)
-            x_BTD = x_BTD + change_BTD
+            x_BTD = axes.gather(x_BtD, tensor, 1)
+            selection, depth = self.mod(self.attention_norm(x_BTD), positions_BT, layer, mode.top, row)
+            change_BTD, experts, cache = selection.run(both, x_BTD, segments_BT, positions_BT, cache=cache, axes=axes)
+            x_BtD = x_BtD + axes.scatter(change_BTD, tensor, 1)
         else:
-            mixed_BTD, cache = attention(x_BTD, segments_BT, positions_BT, written_BT)
-            x_BTD = x_BTD + mixed_BTD
+            with jax.named_scope("attention"):
+                z_BTD = axes.gather(self.attention_norm(x_BtD), tensor, 1)
+                mixed_BTD, cache = attention(row, z_BTD, segments_BT, positions_BT, written_BT)
+                x_BtD = x_BtD + axes.scatter(mixed_BTD, tensor, 1)
             with jax.named_scope("feedforward"):
-                z_BTD = self.feedforward_norm(x_BTD)
+                z_BTD = axes.gather(self.feedforward_norm(x_BtD), tensor, 1)
                 if hasattr(self, "mod"):
-                    selection, depth = self.mod(z_BTD, positions_BT, layer, mode.top)
-                    out_BTD, experts, _ = selection.run(lambda z, taken: (*feedforward(z, taken), None), z_BTD)
+                    selection, depth = self.mod(z_BTD, positions_BT, layer, mode.top, row)
+                    out_BTD, experts, _ = selection.run(
+                        lambda row, z, taken: (*feedforward(row, z, taken), None), z_BTD, axes=axes
+                    )
                 else:
-                    out_BTD, experts = feedforward(z_BTD, None)
-                x_BTD = x_BTD + out_BTD
-        return x_BTD, {group: of for group, of in (("moe", experts), ("mod", depth)) if of}, cache
+                    out_BTD, experts = feedforward(row, z_BTD, None)
+                x_BtD = x_BtD + axes.scatter(out_BTD, tensor, 1)
+        return x_BtD, {group: of for group, of in (("moe", experts), ("mod", depth)) if of}, cache
 
     def _drop(self, x, mode: Mode, key_B):
         if not (mode.training and self.dropout and key_B is not None):
@@ -148,6 +173,7 @@ class Transformer(nnx.Module):
         key_B=None,
         caches=None,
         written_BT=None,
+        axes: Axes = ALONE,
     ):
         """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
 
@@ -159,8 +185,9 @@ class Transformer(nnx.Module):
             remat: what of each period of layers the backward pass recomputes, as in TrainConfig.
             caches: from `make_caches`: what each row's tokens follow, all in one document.
             written_BT: with caches: the tokens that count; the others are filling, and neither cached nor seen.
+            axes: of the mesh, when called on a device of one: rows are whole, the hidden state is the device's part of them.
         """
-        x_BTD = self.embedding.astype(dtype).at[inputs_BT].get(mode="clip")  # ids are checked where rows are made
+        x_BTD = self._embed(Row(inputs_BT.shape[1], axes.context).own(inputs_BT, 0), dtype, axes)
         if self.model.scale_embeddings:
             x_BTD = x_BTD * jnp.sqrt(self.model.d_model).astype(dtype)
         keys_LB = split_keys(key_B, self.model.num_layers) if key_B is not None else None
@@ -171,29 +198,56 @@ class Transformer(nnx.Module):
             numbers_Rp = jnp.arange(self.model.num_layers)[layers].reshape(R, period)
             keys_RpB = keys_LB[layers].reshape(R, period, -1) if keys_LB is not None else None
 
-            def repeat(x, xs):
+            def repeat(x, xs, kinds=segment.kinds):
                 blocks, numbers_p, keys_pB, caches_p = xs
                 metrics, caches_out = [], []
-                for p, block in enumerate(blocks):
+                for p, parts in enumerate(blocks):
+                    block = self._whole(parts, kinds[p], dtype, axes)
                     k = keys_pB[p] if keys_pB is not None else None
                     c = caches_p[p] if caches_p is not None else None
-                    x, m, c = block(x, segments_BT, positions_BT, mode, numbers_p[p], k, c, written_BT)
+                    x, m, c = block(x, segments_BT, positions_BT, mode, numbers_p[p], k, c, written_BT, axes)
                     metrics.append(m)
                     caches_out.append(c)
                 return x, (metrics, caches_out)
 
-            body = repeat if remat == "none" else jax.checkpoint(repeat, policy=REMAT[remat])
+            keeps_all = remat == "none" and not axes.live(GATHERED_OVER)
+            body = repeat if keeps_all else jax.checkpoint(repeat, policy=REMAT[remat])
             xs = (list(stacked), numbers_Rp, keys_RpB, caches[number] if caches is not None else None)
-            few = R <= UNROLLED and remat == "none"  # which outside of a loop XLA would recompute early, and keep
+            few = R <= UNROLLED and keeps_all  # which outside of a loop XLA would recompute early, and keep
             unroll = R if mode.training and few and jax.default_backend() == "cpu" else 1
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]
             new_caches.append(caches_out)
         return self.final_norm(x_BTD), _in_layer_order(collected), (new_caches if caches is not None else None)
 
-    def head_DV(self, dtype) -> jax.Array:
-        """The output projection [D, V]."""
-        return (self.embedding[...].T if self.model.tie_embeddings else self.head[...]).astype(dtype)
+    def _embed(self, inputs_BT, dtype, axes: Axes):
+        """Embeddings of the tokens [B, T, D]; over `tensor`, where each device has some of the vocabulary, its part of T."""
+        table_VD = axes.whole(self.embedding[...], embedding_tensor(self.model), dtype).astype(dtype)
+        if not axes.live(("tensor",)):
+            return table_VD.at[inputs_BT].get(mode="clip")  # ids are checked where rows are made
+        own_BT = inputs_BT - axes.place("tensor") * table_VD.shape[0]
+        own_BT = jnp.where(own_BT >= 0, own_BT, table_VD.shape[0])  # out of range, as a negative one would count from the end
+        return axes.scatter(table_VD.at[own_BT].get(mode="fill", fill_value=0), ("tensor",), 1)
+
+    def _whole(self, block: Block, kind: str, dtype, axes: Axes) -> Block:
+        """The layer with the weights that it computes with, gathered from the devices that keep parts; routers in float32."""
+        if not axes.live(GATHERED_OVER):
+            return block
+
+        tensors = {tensor.name: tensor for tensor in block_tensors(self.model, kind)}
+
+        def gathered(path: Any, part: jax.Array) -> jax.Array:
+            name = ".".join(key.name for key in path[:-1])
+            wide = "router" in name or "predictor" in name
+            return axes.whole(part, tensors[name], jnp.promote_types(dtype, jnp.float32) if wide else dtype)
+
+        return jax.tree_util.tree_map_with_path(gathered, block)
+
+    def head_DV(self, dtype, axes: Axes = ALONE) -> jax.Array:
+        """The output projection [D, V], over `tensor` some of its columns."""
+        if self.model.tie_embeddings:
+            return axes.whole(self.embedding[...], embedding_tensor(self.model), dtype).T.astype(dtype)
+        return axes.whole(self.head[...], head_tensor(self.model), dtype).astype(dtype)
 
 
 def split_keys(key_B, count: int):

@@ -14,9 +14,11 @@ from flax import nnx
 from lumina.architecture import expert_capacity
 from lumina.config import ModelConfig, MoEConfig
 from lumina_jax.attention import at_least_float32
+from lumina_jax.context import Row, ring_take
 from lumina_jax.feedforward import ACTIVATIONS, FeedForward
-from lumina_jax.gather import inverse_index, take_rows
+from lumina_jax.gather import inverse_index
 from lumina_jax.grouped import grouped_feedforward
+from lumina_jax.sharding import ALONE, Axes
 
 
 class RouterBias(nnx.Variable):
@@ -84,34 +86,64 @@ def assign_slots(experts_BTk, num_experts: int, capacity: int):
     return jnp.where(served_BN, experts_BN * capacity + place_BN, -1).reshape(B, T, k)
 
 
-def experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation: str, capacity: int):
-    """Every expert works on C slots of each row; choices beyond them are dropped. Returns ([B, T, D], kept [B, T, k])."""
-    gate_EDF, up_EDF, down_EFD = (w.astype(x_BTD.dtype) for w in weights)
-    B, T, k = experts_BTk.shape
-    E, D, _ = gate_EDF.shape
+def experts_capacity(x_BtD, experts_BTk, gates_BTk, weights, activation: str, capacity: int, row: Row, axes: Axes = ALONE):
+    """Every expert works on C slots of each row; choices beyond them are dropped. Returns ([B, t, D], kept [B, T, k]).
+
+    x is a device's part of `row`; its choices are whole, and its slots are split over the devices as its tokens are. Where
+    experts are split, each device's slots travel to those that have them, and back.
+    """
+    gate_EDF, up_EDF, down_EFD = (w.astype(x_BtD.dtype) for w in weights)
+    (B, T, k), (_, t, D) = experts_BTk.shape, x_BtD.shape
+    E, slots = gate_EDF.shape[0] * axes.expert, Row(capacity, row.n)
+    c = slots.share
     with jax.named_scope("dispatch"):
         slot_BTk = assign_slots(experts_BTk, E, capacity)
         choice_BS = inverse_index(slot_BTk.reshape(B, T * k), E * capacity)  # slot -> choice
-        token_BS = jnp.where(choice_BS >= 0, choice_BS // k, -1)
-        slots_BSD = take_rows(x_BTD, token_BS, slot_BTk)
+        choice_Bs = slots.own(choice_BS.reshape(B * E, capacity), -1).reshape(B, E * c)
+        from_Bs = row.address(jnp.where(choice_Bs >= 0, choice_Bs // k, -1))
+        to_Btk = _slot_address(row.own(slot_BTk, -1), slots, E)
+        slots_BsD = ring_take(x_BtD, from_Bs, to_Btk, row.n)
     with jax.named_scope("experts"):
         # One matrix product an expert, over the slots of all rows: a third faster on CPU than with rows outermost.
-        slots_END = slots_BSD.reshape(B, E, capacity, D).transpose(1, 0, 2, 3).reshape(E, B * capacity, D)
+        slots_END = slots_BsD.reshape(B, E, c, D).transpose(1, 0, 2, 3).reshape(E, B * c, D)
+        slots_END = axes.swap(slots_END, "expert", split=0, join=1)
         hidden_ENF = ACTIVATIONS[activation](slots_END @ gate_EDF) * (slots_END @ up_EDF)
-        out_END = hidden_ENF @ down_EFD
-        out_BSD = out_END.reshape(E, B, capacity, D).transpose(1, 0, 2, 3).reshape(B, E * capacity, D)
+        out_END = axes.swap(hidden_ENF @ down_EFD, "expert", split=1, join=0)
+        out_BsD = out_END.reshape(E, B, c, D).transpose(1, 0, 2, 3).reshape(B, E * c, D)
     with jax.named_scope("combine"):
-        picked_BND = take_rows(out_BSD, slot_BTk.reshape(B, T * k), choice_BS[:, :, None])
-        out_BTD = jnp.einsum("btkd,btk->btd", picked_BND.reshape(B, T, k, D), gates_BTk.astype(x_BTD.dtype))
-    return out_BTD, (slot_BTk >= 0) | (experts_BTk >= E)
+        # A choice's place among those of its device's tokens.
+        token_Bs = row.address(jnp.where(choice_Bs >= 0, choice_Bs // k, -1))
+        choice_Bs = jnp.where(token_Bs >= 0, token_Bs * k + choice_Bs % k, -1)
+        picked_BND = ring_take(out_BsD, to_Btk.reshape(B, t * k), choice_Bs[:, :, None], row.n)
+        gates_Btk = row.own(gates_BTk, 0).astype(x_BtD.dtype)
+        out_BtD = jnp.einsum("btkd,btk->btd", picked_BND.reshape(B, t, k, D), gates_Btk)
+    return out_BtD, (slot_BTk >= 0) | (experts_BTk >= E)
 
 
-def experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation: str, form: str):
-    """No choice is dropped, and the work is that of the choices. Returns ([B, T, D], kept [B, T, k]), as the other does."""
-    B, T, k = experts_BTk.shape
-    out_NkD = grouped_feedforward(x_BTD.reshape(B * T, -1), experts_BTk.reshape(B * T, k), weights, activation, form)
-    out_BTD = jnp.einsum("btkd,btk->btd", out_NkD.reshape(B, T, k, -1), gates_BTk.astype(x_BTD.dtype))
-    return out_BTD, jnp.ones_like(experts_BTk, bool)
+def _slot_address(slot, slots: Row, num_experts: int):
+    """Where a slot, expert * C + place, lies: each device has its share of the C places of every expert."""
+    if slots.n == 1:
+        return slot
+    expert, place = jnp.divmod(slot, slots.tokens)
+    device, share = jnp.divmod(slots.address(place), slots.share)
+    return jnp.where(slot < 0, -1, (device * num_experts + expert) * slots.share + share)
+
+
+def experts_dropless(x_BtD, experts_BTk, gates_BTk, weights, activation: str, form: str, row: Row, axes: Axes = ALONE):
+    """No choice is dropped, and the work is that of the choices. Arguments and results as of `experts_capacity`.
+
+    How many tokens choose an expert is not known ahead. So where experts are split, each device is given the tokens of all,
+    does what its own experts have to do with them, and the results are summed.
+    """
+    experts_Btk, gates_Btk = row.own(experts_BTk, -1), row.own(gates_BTk, 0).astype(x_BtD.dtype)
+    x_BtD, experts_Btk, gates_Btk = (axes.gather(a, ("expert",), 0) for a in (x_BtD, experts_Btk, gates_Btk))
+    B, t, k = experts_Btk.shape
+    first = axes.place("expert") * weights[0].shape[0]
+    # Of a choice that takes no expert, as of another device's, what is left is out of range.
+    own_Nk = jnp.where(experts_Btk >= 0, experts_Btk - first, -1).reshape(B * t, k)
+    out_NkD = grouped_feedforward(x_BtD.reshape(B * t, -1), own_Nk, weights, activation, form)
+    out_BtD = jnp.einsum("btkd,btk->btd", out_NkD.reshape(B, t, k, -1), gates_Btk)
+    return axes.scatter(out_BtD, ("expert",), 0), jnp.ones_like(experts_BTk, bool)
 
 
 def balance_loss(load_BA, share_BA):
@@ -136,8 +168,10 @@ class MoE(nnx.Module):
             self.shared = FeedForward("moe.shared", model.activation, param)
         self.model = model
 
-    def __call__(self, x_BTD, training: bool, key_B=None, taken_BT=None, tell: bool = False):
+    def __call__(self, x_BTD, row: Row, training: bool, key_B=None, taken_BT=None, tell: bool = False, axes: Axes = ALONE):
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
+
+        x is a device's part of `row`, all of which each of its devices routes alike; `taken` is of whole rows, as metrics are.
 
         Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
         Metrics: load_BA (choices, int32) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform),
@@ -153,7 +187,7 @@ class MoE(nnx.Module):
                     return jax.random.uniform(key, z_BTD.shape[1:], z_BTD.dtype, 1 - moe.jitter, 1 + moe.jitter)
 
                 z_BTD = z_BTD * jax.vmap(noise)(key_B)
-            logits_BTA = z_BTD @ self.router.astype(z_BTD.dtype)
+            logits_BTA = row.whole(z_BTD @ self.router.astype(z_BTD.dtype))
             experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.astype(z_BTD.dtype))
             told = {}
             if tell:
@@ -162,10 +196,11 @@ class MoE(nnx.Module):
                 experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, alternatives)
         weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])
         if training and moe.dispatch == "capacity":
-            slots = expert_capacity(self.model, x_BTD.shape[1])
-            out_BTD, kept_BTk = experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation, slots)
+            slots = expert_capacity(self.model, row.tokens)
+            out_BTD, kept_BTk = experts_capacity(x_BTD, experts_BTk, gates_BTk, weights, activation, slots, row, axes)
         else:
-            out_BTD, kept_BTk = experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation, moe.grouped_form)
+            form = moe.grouped_form
+            out_BTD, kept_BTk = experts_dropless(x_BTD, experts_BTk, gates_BTk, weights, activation, form, row, axes)
         if moe.shared_experts:
             out_BTD = out_BTD + self.shared(x_BTD)
         share_BTA = scores_BTA / jnp.sum(scores_BTA, axis=-1, keepdims=True)  # sigmoid scores do not sum to one

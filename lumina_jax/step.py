@@ -13,13 +13,16 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lumina.architecture import layer_kinds, layer_plan
+from lumina import mesh as layout
+from lumina.architecture import layer_kinds, layer_plan, tensor_table
 from lumina.config import Config, GuardConfig, ModelConfig
-from lumina_jax.loss import cross_entropy
-from lumina_jax.mesh import AXIS, ROWS, WHOLE, one_device
-from lumina_jax.model import CAUSAL, TRAINING, Metrics, Mode, Variables, canonical_names, create, merge
+from lumina_jax.context import Row
+from lumina_jax.loss import TokenSums, cross_entropy
+from lumina_jax.mesh import EACH, ROWS, WHOLE, axes_of, one_device, shardings, specs, tensor_at
+from lumina_jax.model import CAUSAL, TRAINING, Metrics, Mode, Transformer, Variables, canonical_names, create, merge
 from lumina_jax.moe import balance_loss
 from lumina_jax.optimizer import make_optimizer, schedule
+from lumina_jax.sharding import Axes
 
 Batch = dict[str, jax.Array]  # inputs, targets, weights, segments, positions, each [B, T]
 
@@ -89,7 +92,7 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:
     return total
 
 
-def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: jax.Array | None) -> Metrics:
+def _summarise(metrics: Metrics, axes: Axes, balance_over: str, batch_load_LA: jax.Array | None) -> Metrics:
     """Metrics by layer from what the layers tell by row. Loads are counted over `balance_over` for the balance loss."""
     summary: Metrics = {}
     if "moe" in metrics:
@@ -97,7 +100,7 @@ def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: jax.Array | N
         load_LBA, share_LBA = experts.pop("load_BA"), experts.pop("share_BA")
         experts["load_A"] = jnp.sum(load_LBA, axis=1)
         if balance_over == "micro_batch":
-            load_LBA = jax.lax.psum(experts["load_A"], AXIS)[:, None]
+            load_LBA = axes.sum(experts["load_A"], layout.ROWS)[:, None]
         elif balance_over == "batch" and batch_load_LA is not None:
             load_LBA = batch_load_LA[:, None]
         summary["moe"] = {**experts, "balance_loss": balance_loss(load_LBA, share_LBA)}
@@ -131,7 +134,7 @@ def make_train_step(
     optimizer, rate = make_optimizer(config), schedule(config.optim, config.train.steps)
     dtype, M = dtype or jnp.dtype(config.train.compute_dtype), config.train.micro_batches
     mesh = mesh or one_device()
-    parts = M * mesh.size
+    axes, parts = axes_of(mesh), M * mesh.size
     kinds = " ".join(layer_kinds(config.model))
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
 
@@ -142,15 +145,13 @@ def make_train_step(
     def hidden(variables: Variables, micro: Batch, key_B: Any):
         model = merge(graphdef, variables)
         rows = (micro["inputs"], micro["segments"], micro["positions"])
-        hidden_BTD, metrics, _ = model(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat, key_B=key_B)
-        return model, hidden_BTD, metrics
+        hidden_BtD, metrics, _ = model(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat, key_B=key_B, axes=axes)
+        return model, hidden_BtD, metrics
 
     def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key_B: Any, load_LA):
-        model, hidden_BTD, by_row = hidden(Variables(params, biases), micro, key_B)
-        metrics = _summarise(by_row, balance_over, load_LA)
-        with jax.named_scope("loss"):
-            flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-            sums = cross_entropy(flat, model.head_DV(dtype), micro["targets"].reshape(-1), micro["weights"].reshape(-1))
+        model, hidden_BtD, by_row = hidden(Variables(params, biases), micro, key_B)
+        metrics = _summarise(by_row, axes, balance_over, load_LA)
+        sums = _loss(model, hidden_BtD, micro, dtype, axes)
         loss = sums.loss / weight
         # Counts add up; every other metric is a mean over rows and carries its share.
         metrics = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a / parts, metrics)
@@ -158,7 +159,7 @@ def make_train_step(
 
     def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
         """Gradients and metrics, as one device sees its rows and then all devices' together."""
-        weight = jax.lax.psum(jnp.sum(batch["weights"]), AXIS)
+        weight = axes.sum(jnp.sum(batch["weights"]), layout.ROWS)
         # Every M-th row: so a micro-batch has the same rows on any number of devices.
         micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1), (batch, row_B))
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step) if random else None
@@ -173,7 +174,7 @@ def make_train_step(
 
         batch_load_LA = None
         if balance_over == "batch" and "moe" in kinds:  # known only when every row has been routed once
-            batch_load_LA = jax.lax.psum(_sum_over(M, load_LA), AXIS)
+            batch_load_LA = axes.sum(_sum_over(M, load_LA), layout.ROWS)
 
         def gradients_of(index: Any):
             micro, key_b = part(index)
@@ -183,15 +184,32 @@ def make_train_step(
             return grads, metrics
 
         grads, metrics = _sum_over(M, gradients_of)
-        metrics["stop"] = jnp.sum(knobs.stop_N)
         if token_bytes is not None:
             metrics["text_bytes"] = _text_bytes(token_bytes, batch)
-        return jax.lax.psum((grads, metrics), AXIS)
+        # Counts are of whole rows, on each of a row's devices; all else is a device's share.
+        metrics = jax.tree.map(
+            lambda a: axes.sum(a, layout.ROWS if jnp.issubdtype(a.dtype, jnp.integer) else layout.AXES), metrics
+        )
+        metrics["stop"] = axes.sum(jnp.sum(knobs.stop_N))
+        return jax.tree_util.tree_map_with_path(summed, grads), metrics
+
+    plan, table = layer_plan(layer_kinds(config.model)), {tensor.name: tensor for tensor in tensor_table(config.model)}
+
+    def summed(path: Any, gradient: jax.Array) -> jax.Array:
+        tensor = tensor_at(plan, table, path)
+        assert tensor is not None  # noqa: S101, parameters all are
+        return axes.sum(gradient, axes.not_splitting(tensor))
 
     same: Any = WHOLE
-    of_controls = Controls(same, same, same, same, same, stop_N=ROWS)
-    specs = (WHOLE, ROWS, ROWS, of_controls, WHOLE)
-    gradients = jax.shard_map(of_own_rows, mesh=mesh, in_specs=specs, out_specs=WHOLE, check_vma=False)
+    of_controls = Controls(same, same, same, same, same, stop_N=EACH)
+    of_variables = specs(config, state_shapes(config)[0].variables)
+    gradients = jax.shard_map(
+        of_own_rows,
+        mesh=mesh,
+        in_specs=(of_variables, ROWS, ROWS, of_controls, WHOLE),
+        out_specs=(of_variables.params, WHOLE),
+        check_vma=False,
+    )
 
     def train_step(state: TrainState, batch: Batch, knobs: Controls):
         row_B = jnp.arange(batch["inputs"].shape[0], dtype=jnp.int32)
@@ -212,9 +230,20 @@ def make_train_step(
             )
             guard = remember(state.guard, metrics["loss"], made, skipped=~good & knobs.update)
         metrics["skipped"] = guard.skipped
-        return TrainState(state.step + 1, variables, optimizer_state, guard), metrics
+        after = TrainState(state.step + 1, variables, optimizer_state, guard)
+        return jax.lax.with_sharding_constraint(after, shardings(config, mesh, after)), metrics
 
     return train_step
+
+
+def _loss(model: Transformer, hidden_BtD: jax.Array, batch: Batch, dtype: Any, axes: Axes) -> TokenSums:
+    """A device's share of the sums over its rows."""
+    row = Row(batch["targets"].shape[1], axes.context)
+    with jax.named_scope("loss"):
+        hidden_BTD = axes.gather(hidden_BtD, ("tensor",), 1)
+        flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
+        targets_N, weights_N = (row.own(batch[name], 0).reshape(-1) for name in ("targets", "weights"))
+        return cross_entropy(flat, model.head_DV(dtype, axes), targets_N, weights_N, axes)
 
 
 def _sum_over(count: int, part: Callable[[Any], Any]) -> Any:
@@ -271,20 +300,20 @@ def make_eval_step(
     Routing is causal and nothing is dropped, as in generation. Arguments as in `make_train_step`.
     """
     dtype, mesh = dtype or jnp.dtype(config.train.compute_dtype), mesh or one_device()
+    axes = axes_of(mesh)
 
     def of_own_rows(variables: Variables, batch: Batch) -> dict[str, jax.Array]:
         model = merge(graphdef, variables)
-        hidden_BTD, metrics, _ = model(batch["inputs"], batch["segments"], batch["positions"], dtype=dtype, mode=mode)
-        flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        sums = cross_entropy(flat, model.head_DV(dtype), batch["targets"].reshape(-1), batch["weights"].reshape(-1))
+        rows = (batch["inputs"], batch["segments"], batch["positions"])
+        hidden_BtD, metrics, _ = model(*rows, dtype=dtype, mode=mode, axes=axes)
+        sums = _loss(model, hidden_BtD, batch, dtype, axes)
         taken_LBT = metrics["mod"]["taken_BT"] if "mod" in metrics else jnp.zeros((0, *batch["inputs"].shape))
-        sums_of_own = {
-            "loss": sums.loss,
-            "correct": sums.correct,
+        of_rows = {
             "weight": jnp.sum(batch["weights"]),
             "taken_L": jnp.sum(taken_LBT * batch["weights"], axis=(1, 2)),
             "text_bytes": _text_bytes(token_bytes, batch),
         }
-        return jax.lax.psum(sums_of_own, AXIS)
+        return axes.sum({"loss": sums.loss, "correct": sums.correct}) | axes.sum(of_rows, layout.ROWS)
 
-    return jax.shard_map(of_own_rows, mesh=mesh, in_specs=(WHOLE, ROWS), out_specs=WHOLE, check_vma=False)
+    in_specs = (specs(config, state_shapes(config)[0].variables), ROWS)
+    return jax.shard_map(of_own_rows, mesh=mesh, in_specs=in_specs, out_specs=WHOLE, check_vma=False)

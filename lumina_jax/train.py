@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lumina.architecture import at_capacity, depth_capacity_at
 from lumina.config import Config
 from lumina.errors import exit_with
@@ -42,25 +40,25 @@ def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = Fal
 
 
 class Trainer:
-    """See `lumina.runs.train.Trainer`. The state is whole on every device of the mesh, and each has some rows of a batch."""
+    """See `lumina.runs.train.Trainer`. The state and each batch lie on the mesh as `lumina.mesh` says."""
 
     def __init__(self, config: Config):
         import jax
 
         from lumina_jax.allocator import keep_large_buffers
         from lumina_jax.device import describe
-        from lumina_jax.mesh import agreed, join, make_mesh, require_same, shaped_whole, whole
+        from lumina_jax.mesh import agreed, join, make_mesh, require_same, row_blocks, shaped, shardings
         from lumina_jax.step import init_state, state_shapes
 
         self.buffers = keep_large_buffers()
         join()
         self.config, self.mesh = config, make_mesh(config)
         self.versions, self.device = {"jax": jax.__version__}, describe(self.mesh)
-        self.part = (jax.process_index(), jax.process_count())
+        self.processes, self.part = jax.process_count(), row_blocks(self.mesh)
         self.agreed, self.require_same = agreed, require_same
         shapes, self.graphdef = state_shapes(config)
-        self.like: TrainState = shaped_whole(self.mesh, shapes)
-        self.fresh = jax.jit(lambda: init_state(config)[1], out_shardings=whole(self.mesh))
+        self.like: TrainState = shaped(config, self.mesh, shapes)
+        self.fresh = jax.jit(lambda: init_state(config)[1], out_shardings=shardings(config, self.mesh, shapes))
 
     def checkpoints(
         self, run: RunDirectory, events: Events, backup: Callable[[int], Path] | None, origin: Origin | None
@@ -112,7 +110,7 @@ class Trainer:
         from lumina.generation import Sampling
         from lumina_jax.evaluate import evaluate
         from lumina_jax.generate import Generator
-        from lumina_jax.mesh import own_copy, place_rows
+        from lumina_jax.mesh import own_copy, place_each, place_rows
         from lumina_jax.step import controls, make_eval_step, make_train_step, state_shapes
 
         config, mesh, tokenizer = self.config, self.mesh, text.corpus.tokenizer
@@ -120,8 +118,7 @@ class Trainer:
         eval_step = jax.jit(make_eval_step(config, self.graphdef, token_bytes, mesh))
 
         def inputs(batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
-            asked_N = place_rows(mesh, np.full(len(mesh.local_devices), stop, np.int32))
-            return place_rows(mesh, batch), controls(config, update, asked_N)
+            return place_rows(mesh, batch), controls(config, update, place_each(mesh, stop))
 
         def compile_step(capacity: float) -> Any:
             """The step at a depth capacity, which may be annealed."""
@@ -148,7 +145,7 @@ class Trainer:
             return evaluate(eval_step, state.variables, batches, alive)
 
         def sample(state: Any, count: int) -> list[str]:
-            generator = Generator(config, self.graphdef, own_copy(state.variables), tokenizer)
+            generator = Generator(config, self.graphdef, own_copy(mesh, state.variables), tokenizer)
             prompt = config.monitor.sample_prompt
             length = min(config.monitor.sample_tokens, generator.room(prompt))
             return [prompt + "".join(generator.text(prompt, length, Sampling(seed=seed))) for seed in range(count)]
@@ -160,8 +157,9 @@ class Trainer:
             steps_of=self.steps_of,
             evaluate=held_out_loss,
             sample=sample,
-            processes=self.part[1],
+            processes=self.processes,
             writes=writes,
+            samples_together=True,
         )
 
 

@@ -47,6 +47,11 @@ def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = Fal
 def _require_processes(config: Config) -> None:
     """Raise a ConfigError or UsageError unless config and environment agree on how many processes there are."""
     processes = os.environ.get("WORLD_SIZE") or "1"
+    for axis in ("fsdp", "expert", "context", "tensor"):
+        if (size := getattr(config.mesh, axis)) not in (-1, 1):
+            raise ConfigError(f"mesh.{axis} = {size}: must be 1 in lumina_torch; torch.deepspeed.zero_stage splits a model")
+    if config.mesh.auto:
+        raise ConfigError("mesh.auto = True: is lumina_jax's; torch.deepspeed.zero_stage = auto chooses for lumina_torch")
     if config.mesh.data not in (-1, 1) and str(config.mesh.data) != processes:
         raise ConfigError(
             f"mesh.data = {config.mesh.data}: lumina_torch has one device a process; -1 or {processes} would work"
@@ -69,7 +74,7 @@ def _make(config: Config) -> "Trainer":
 class Trainer:
     """See `lumina.runs.train.Trainer`. One process with one device."""
 
-    part: tuple[int, int] = (0, 1)
+    part: tuple[tuple[int, ...], int] = ((0,), 1)
     samples_together = False  # whether all processes take part when one generates
 
     def __init__(self, config: Config):

@@ -39,7 +39,7 @@ class ZeroTrainer(Trainer):
         self.policy = own_device(self.policy, self.place)
         require_possible(config, self.policy, self.place)
         join(self.policy, self.place, config.guard.hang_seconds)
-        self.part = (self.place.number, self.place.processes)
+        self.part = ((self.place.number,), self.place.processes)
         self.stage, self.why = self._stage()
         self.samples_together = self.stage == 3
         self.versions |= {"deepspeed": version("deepspeed")}

@@ -78,7 +78,13 @@ class Batches:
     """Batches of rows: shuffled anew each epoch for training, in order for evaluation."""
 
     def __init__(
-        self, rows: Rows, batch_size: int, seed: int, shuffle: bool = True, part: tuple[int, int] = (0, 1), first: int = 0
+        self,
+        rows: Rows,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        part: tuple[tuple[int, ...], int] = ((0,), 1),
+        first: int = 0,
     ):
         """
         Args:
@@ -86,12 +92,12 @@ class Batches:
             batch_size: B, rows a step; all processes together.
             seed: of the order, a new one each epoch.
             shuffle: False reads them in order.
-            part: (i, n) reads the i-th of n equal parts of each batch: what one of n processes needs.
+            part: which of n equal parts of each batch are read, and n: what one of several processes needs.
             first: rows, in the run's order, that come before those of step 0; see `following`.
         """
         if batch_size % part[1]:
             raise ConfigError(
-                f"train.batch_size / train.micro_batches = {batch_size} rows: must be a multiple of {part[1]} processes"
+                f"train.batch_size / train.micro_batches = {batch_size} rows: must be a multiple of {part[1]}, its parts"
             )
         self.rows, self.batch_size, self.seed, self.shuffle = rows, batch_size, seed, shuffle
         self.part, self.first = part, first
@@ -127,13 +133,15 @@ class Batches:
             yield self._of(np.arange(start, min(start + self.batch_size, stop)))
 
     def _of(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        index, parts = self.part
-        B, T = self.batch_size // parts, self.rows.sequence_length
-        tokens = np.zeros((B, T + 1), np.int32)
-        weights = np.zeros((B, T), np.float32)
-        for i, number in enumerate(numbers[index * B : (index + 1) * B]):
-            tokens[i] = self.rows.row(int(number))
-            weights[i] = 1
+        (blocks, parts), T = self.part, self.rows.sequence_length
+        numbers = np.pad(numbers, (0, self.batch_size - len(numbers)), constant_values=-1)  # rows that there are not
+        own = numbers.reshape(parts, -1)[list(blocks)].ravel()
+        tokens = np.zeros((len(own), T + 1), np.int32)
+        weights = np.zeros((len(own), T), np.float32)
+        for i, number in enumerate(own):
+            if number >= 0:
+                tokens[i] = self.rows.row(int(number))
+                weights[i] = 1
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # the one place where targets are shifted
         segments, positions = segments_and_positions(inputs, self.rows.document_end_id)
         return {"inputs": inputs, "targets": targets, "weights": weights, "segments": segments, "positions": positions}

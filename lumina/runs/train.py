@@ -55,7 +55,7 @@ class Trainer(Protocol):
 
     versions: dict[str, str]  # of the framework, for the record
     device: str  # the devices, in words
-    part: tuple[int, int]  # this process's number from 0, and how many there are
+    part: tuple[tuple[int, ...], int]  # which of n equal parts of each batch this process reads, and n
 
     def require_same(self, what: str, digest: str) -> None:
         """Raise a ConfigError, in all processes, unless each has the same SHA-256."""
@@ -199,7 +199,7 @@ def _train_and_evaluate(
     return 0
 
 
-def read(config: Config, corpus: Corpus, part: tuple[int, int]) -> Text:
+def read(config: Config, corpus: Corpus, part: tuple[tuple[int, ...], int]) -> Text:
     """The rows to train on, in the run's order, and those held out, as many at once as a micro-batch has."""
     end, T, train = corpus.document_end_id, config.data.sequence_length, config.train
     train_batches = Batches(Rows(corpus.train, T, end), train.batch_size, train.seed, part=part)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from lumina.mesh import Sizes
 from lumina_jax.digest import digests
-from lumina_jax.mesh import AXIS, ROWS, whole
+from lumina_jax.mesh import ROWS, mesh_of, whole
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -96,7 +97,7 @@ def test_another_dtype_or_length_differs():
 
 
 def test_a_digest_does_not_depend_on_how_an_array_lies_on_devices():
-    mesh = jax.make_mesh((8,), (AXIS,), (jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(Sizes(data=8), jax.devices())
     array = RNG.standard_normal((16, 3)).astype(np.float32)
     spread, copied = jax.device_put(array, NamedSharding(mesh, ROWS)), jax.device_put(array, whole(mesh))
     assert len(spread.addressable_shards[0].data) == 2

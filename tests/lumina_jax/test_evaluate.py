@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from lumina.data.rows import Batches, Rows
+from lumina.mesh import Sizes
 from lumina_jax.evaluate import evaluate
-from lumina_jax.mesh import AXIS
+from lumina_jax.mesh import mesh_of
 from lumina_jax.model import by_canonical_name
 from lumina_jax.step import init_state, make_eval_step, state_shapes
 from tests.lumina_jax import oracles
@@ -134,7 +135,7 @@ def test_no_token_is_evaluated_with_a_look_at_later_ones(hybrid):
 
 def test_eight_devices_sum_what_one_does(hybrid):
     config, step, variables = hybrid
-    mesh = jax.make_mesh((8,), (AXIS,), (jax.sharding.AxisType.Auto,))
+    mesh = mesh_of(Sizes(data=8), jax.devices())
     weights = np.random.default_rng(5).integers(0, 3, (8, T)).astype(np.float32)
     weights[3] = 0  # a device that has padding alone
     batch = random_batch(8) | {"weights": weights}

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from lumina.config import save
 from lumina.errors import ConfigError, UsageError
@@ -19,7 +20,7 @@ from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
 from lumina_jax.device import describe
-from lumina_jax.mesh import JOINED_BY, join, make_mesh, one_device, own_copy, place_rows, shaped_whole, whole
+from lumina_jax.mesh import JOINED_BY, ROWS, join, make_mesh, one_device, own_copy, place_rows, shaped_whole, whole
 from tests.lumina_jax.tiny import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -70,8 +71,9 @@ def test_rows_are_spread_in_order_and_whole_arrays_are_on_every_device():
 
 
 def test_an_own_copy_is_the_whole_array_on_one_device():
-    array = jax.device_put(np.arange(6.0, dtype=np.float32), whole(make_mesh(config(8, batch_size=8))))
-    own = own_copy({"a": array})["a"]
+    mesh = make_mesh(config(8, batch_size=8))
+    array = jax.device_put(np.arange(8.0, dtype=np.float32), NamedSharding(mesh, ROWS))
+    own = own_copy(mesh, {"a": array})["a"]
     assert np.array_equal(own, array)
     assert own.devices() == {jax.devices()[0]}
 

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lumina.architecture import block_tensors
 from lumina.config import MoDConfig, ModelConfig, MoEConfig
+from lumina_jax.context import Row
 from lumina_jax.mod import MoD, select_top
 from lumina_jax.model import CAUSAL, TRAINING, Block
 from tests.lumina_jax import oracles
@@ -51,8 +52,8 @@ def _weights(model):
 def _apply(model, weights, z_BTD, inner, top, positions_BT=POSITIONS_BT):
     """(output, metrics of inner, own metrics)."""
     router = MoD(model, lambda name: nnx.Param(jnp.asarray(weights[name])))
-    selection, own = router(z_BTD, positions_BT, LAYER, top)
-    out_BTD, metrics, _ = selection.run(lambda z, taken: (*inner(z), None), z_BTD)
+    selection, own = router(z_BTD, positions_BT, LAYER, top, Row(z_BTD.shape[1], 1))
+    out_BTD, metrics, _ = selection.run(lambda row, z, taken: (*inner(z), None), z_BTD)
     return out_BTD, metrics, own
 
 
@@ -153,8 +154,8 @@ def test_what_comes_with_the_tokens_is_selected_with_them():
     @jax.jit
     def run(z_BTD):
         router = MoD(_model(), lambda name: nnx.Param(jnp.asarray(WEIGHTS[name])))
-        selection, _ = router(z_BTD, POSITIONS_BT, LAYER, True)
-        return selection.run(lambda z, positions, taken: (z, {"positions": positions}, taken), z_BTD, POSITIONS_BT)
+        selection, _ = router(z_BTD, POSITIONS_BT, LAYER, True, Row(z_BTD.shape[1], 1))
+        return selection.run(lambda row, z, positions, taken: (z, {"positions": positions}, taken), z_BTD, POSITIONS_BT)
 
     _, metrics, taken = run(Z_BTD)
     assert taken is None
@@ -171,14 +172,14 @@ def test_inner_metrics_are_passed_on():
 
 
 def test_where_no_row_takes_the_layer_it_is_not_run_and_its_cache_stays():
-    def inner(z, taken):
+    def inner(row, z, taken):
         return z, {"runs": jnp.int32(1)}, jnp.int32(7)
 
     @jax.jit
     def run(bias):
         weights = {"mod.router": np.zeros(D, np.float32), "mod.bias": bias}
         router = MoD(_model(), lambda name: nnx.Param(jnp.asarray(weights[name])))
-        selection, _ = router(jnp.asarray(Z_BTD), POSITIONS_BT, LAYER, False)
+        selection, _ = router(jnp.asarray(Z_BTD), POSITIONS_BT, LAYER, False, Row(Z_BTD.shape[1], 1))
         return selection.run(inner, jnp.asarray(Z_BTD), cache=jnp.int32(5))
 
     for bias, runs, cache in ((1.0, 1, 7), (-1.0, 0, 5)):
@@ -328,7 +329,7 @@ def test_random_choice_is_that_of_layer_and_position_alone(top):
     @functools.partial(jax.jit, static_argnums=1)
     def taken(z_BTD, layer):
         router = MoD(RANDOM, lambda name: nnx.Param(jnp.asarray(WEIGHTS[name])))
-        return router(z_BTD, positions_BT, layer, top)[0].taken_BT
+        return router(z_BTD, positions_BT, layer, top, Row(z_BTD.shape[1], 1))[0].taken_BT
 
     found_BT = np.asarray(taken(_normal(2, 400, D), 3))
     assert np.array_equal(found_BT, taken(_normal(2, 400, D, seed=1), 3))

@@ -11,6 +11,7 @@ from flax import nnx
 
 from lumina.architecture import block_tensors, expert_capacity
 from lumina.config import ModelConfig, MoEConfig
+from lumina_jax.context import Row
 from lumina_jax.moe import MoE, assign_slots, balance_loss, in_best_groups, route
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close, assert_gradients
@@ -66,7 +67,7 @@ def _cotangent(x_BTD):
 
 
 def _apply(model, weights, x_BTD, training, key_B=None, taken_BT=None):
-    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, training, key_B, taken_BT)
+    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, Row(x_BTD.shape[1], 1), training, key_B, taken_BT)
 
 
 def _router_losses(metrics):

@@ -12,7 +12,8 @@ import pytest
 
 from lumina.config import GuardConfig, MoEConfig
 from lumina.data.rows import Batches, Rows
-from lumina_jax.mesh import AXIS, one_device, whole
+from lumina.mesh import Sizes
+from lumina_jax.mesh import mesh_of, one_device, whole
 from lumina_jax.model import TRAINING, Variables, by_canonical_name, merge
 from lumina_jax.step import (
     Controls,
@@ -310,7 +311,7 @@ def spread():
         bad[6, 3] = np.nan
         for over, N, M in SPREAD:
             config = both_kinds(over, M)
-            mesh = jax.make_mesh((N,), (AXIS,), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:N])
+            mesh = mesh_of(Sizes(data=N), jax.devices()[:N])
             state = doubled(config, mesh)
             step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh, TOKEN_BYTES, jnp.float64))
             knobs, history = controls(config, stop_N=np.arange(N, dtype=np.int32)), []

@@ -208,7 +208,7 @@ def test_a_negative_step_is_refused():
 def test_the_parts_of_a_batch_put_together_are_the_batch(processes):
     rows = rows_of(200, 7)
     whole = Batches(rows, 8, seed=3).batch(5)
-    parts = [Batches(rows, 8, seed=3, part=(i, processes)).batch(5) for i in range(processes)]
+    parts = [Batches(rows, 8, seed=3, part=((i,), processes)).batch(5) for i in range(processes)]
     for name, array in whole.items():
         assert all(part[name].shape == (8 // processes, 7) for part in parts)
         assert np.array_equal(np.concatenate([part[name] for part in parts]), array)
@@ -219,14 +219,14 @@ def test_every_part_knows_the_rows_of_the_whole_batch():
     numbers = Batches(rows, 8, seed=3).row_numbers(5)
     assert len(numbers) == 8
     for i in range(4):
-        assert np.array_equal(Batches(rows, 8, seed=3, part=(i, 4)).row_numbers(5), numbers)
+        assert np.array_equal(Batches(rows, 8, seed=3, part=((i,), 4)).row_numbers(5), numbers)
 
 
 @pytest.mark.parametrize("max_rows", [0, 3, 5])
 def test_the_parts_of_an_evaluation_put_together_are_the_evaluation(max_rows):
     rows = Rows(Stream(np.arange(31)), 3, 1000)
     whole = list(Batches(rows, 4, seed=0, shuffle=False).evaluation(max_rows))
-    parts = [list(Batches(rows, 4, seed=0, shuffle=False, part=(i, 2)).evaluation(max_rows)) for i in range(2)]
+    parts = [list(Batches(rows, 4, seed=0, shuffle=False, part=((i,), 2)).evaluation(max_rows)) for i in range(2)]
     assert [len(part) for part in parts] == [len(whole)] * 2  # processes that made fewer steps would wait for ever
     for batch, *halves in zip(whole, *parts, strict=True):
         for name, array in batch.items():
@@ -234,8 +234,8 @@ def test_the_parts_of_an_evaluation_put_together_are_the_evaluation(max_rows):
 
 
 def test_rows_that_cannot_be_split_over_the_processes_are_refused():
-    with pytest.raises(ConfigError, match="= 6 rows: must be a multiple of 4 processes"):
-        Batches(rows_of(200, 7), 6, seed=0, part=(0, 4))
+    with pytest.raises(ConfigError, match="= 6 rows: must be a multiple of 4, its parts"):
+        Batches(rows_of(200, 7), 6, seed=0, part=((0,), 4))
 
 
 @given(old=st.integers(1, 20), new=st.integers(1, 20), step=st.integers(0, 20))
@@ -251,7 +251,7 @@ def test_after_a_change_of_batch_size_no_row_is_missed_or_read_twice(old, new, s
 
 
 def test_following_keeps_everything_but_where_it_begins():
-    batches = Batches(rows_of(200, 7), 4, seed=3, shuffle=False, part=(1, 2))
+    batches = Batches(rows_of(200, 7), 4, seed=3, shuffle=False, part=((1,), 2))
     changed = batches.following(6, 3)
     assert {**vars(changed), "first": 0} == vars(batches)
     assert changed.consumed(6) == 3
