@@ -113,6 +113,8 @@ class OptimConfig:
     eps: float = 1e-8
     weight_decay: float = 0.1  # decoupled: times the learning rate, not through the moments
     clip_norm: float = 1.0  # largest global gradient norm; 0 is off
+    moment_dtype: str = "float32"  # of Adam's first moment: float32, or (JAX) bfloat16, which saves a sixth of the state
+    offload: bool = False  # JAX: Adam's moments live in the host's memory, and come to the device for the update
 
 
 @dataclass

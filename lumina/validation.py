@@ -113,6 +113,7 @@ def validate(config: "Config") -> "Config":
         ("model.mod", mod, "scope", ("ffn", "block")),
         ("model.mod", mod, "router", ("learned", "random")),
         ("optim", o, "schedule", SCHEDULES),
+        ("optim", o, "moment_dtype", ("float32", "bfloat16")),
         ("train", t, "compute_dtype", ("float32", "bfloat16", "float16")),
         ("train", t, "remat", ("none", "full", "dots")),
         ("checkpoint", config.checkpoint, "init_part", ("state", "weights")),

@@ -110,8 +110,13 @@ def tensor_at(plan: Any, table: dict[str, Tensor], path: Any) -> Tensor | None:
 
 
 def shardings(config: Config, mesh: Mesh, tree: Any) -> Any:
-    """`specs` on this mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(config, tree), is_leaf=_is_spec)
+    """`specs` on this mesh; with `optim.offload` the moments are in the host's memory."""
+
+    def sharding(path: Any, spec: PartitionSpec) -> NamedSharding:
+        away = config.optim.offload and spec is not WHOLE and getattr(path[0], "name", "") == "optimizer"
+        return NamedSharding(mesh, spec, memory_kind="pinned_host" if away else None)
+
+    return jax.tree_util.tree_map_with_path(sharding, specs(config, tree), is_leaf=_is_spec)
 
 
 def shaped(config: Config, mesh: Mesh, shapes: Any) -> Any:

@@ -54,6 +54,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     optim = config.optim
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps),
+        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps, mu_dtype=None if optim.moment_dtype == "float32" else optim.moment_dtype),
         optax.add_decayed_weights(optim.weight_decay, mask=lambda params: decay_mask(config, params)),
     )

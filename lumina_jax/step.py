@@ -202,7 +202,9 @@ def make_train_step(
 
     same: Any = WHOLE
     of_controls = Controls(same, same, same, same, same, stop_N=EACH)
-    of_variables = specs(config, state_shapes(config)[0].variables)
+    shapes = state_shapes(config)[0]
+    of_variables, lie = specs(config, shapes.variables), shardings(config, mesh, shapes)
+    at_hand = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), lie.optimizer)
     gradients = jax.shard_map(
         of_own_rows,
         mesh=mesh,
@@ -216,7 +218,8 @@ def make_train_step(
         grads, metrics = gradients(state.variables, batch, row_B, knobs, state.step)
         with jax.named_scope("optimizer"):
             learning_rate = rate(state.step) * knobs.learning_rate_scale
-            direction, optimizer_state = optimizer.update(grads, state.optimizer, state.variables.params)
+            before = jax.device_put(state.optimizer, at_hand) if config.optim.offload else state.optimizer
+            direction, optimizer_state = optimizer.update(grads, before, state.variables.params)
             params = jax.tree.map(lambda p, d: p - (learning_rate * d).astype(p.dtype), state.variables.params, direction)
             biases = update_biases(config.model, state.variables.biases, metrics)
         metrics["gradient_norm"] = optax.tree.norm(grads)
@@ -226,12 +229,16 @@ def make_train_step(
             made = good & knobs.update
             new = (Variables(params, biases), optimizer_state)
             variables, optimizer_state = jax.tree.map(
-                lambda after, before: jnp.where(made, after, before), new, (state.variables, state.optimizer)
+                lambda after, before: jnp.where(made, after, before), new, (state.variables, before)
             )
             guard = remember(state.guard, metrics["loss"], made, skipped=~good & knobs.update)
         metrics["skipped"] = guard.skipped
-        after = TrainState(state.step + 1, variables, optimizer_state, guard)
-        return jax.lax.with_sharding_constraint(after, shardings(config, mesh, after)), metrics
+        if config.optim.offload:
+            optimizer_state = jax.device_put(optimizer_state, lie.optimizer)
+        else:
+            optimizer_state = jax.lax.with_sharding_constraint(optimizer_state, lie.optimizer)
+        variables = jax.lax.with_sharding_constraint(variables, lie.variables)
+        return TrainState(state.step + 1, variables, optimizer_state, guard), metrics
 
     return train_step
 
