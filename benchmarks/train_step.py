@@ -15,9 +15,10 @@ import time
 import jax
 import numpy as np
 
-from lumina.architecture import counts, memory
+from lumina.architecture import counts
 from lumina.config import Config, load, override
 from lumina.errors import UsageError, exit_with
+from lumina.footprint import footprint
 from lumina_jax.allocator import keep_large_buffers
 from lumina_jax.device import compiled_memory, describe, matmul_peak, peak_memory
 from lumina_jax.mesh import make_mesh, place_each, place_rows, shardings
@@ -71,7 +72,7 @@ def measure(config: Config, steps: int) -> dict[str, object]:
         "fraction_of_matmul_peak": count.training_flops * tokens / typical / peak,
         "compile_seconds": compile_seconds,
         "peak_memory_bytes": peak_memory(),
-        "expected_memory_bytes": memory(config).total,
+        "expected_memory_bytes": footprint(config).total,
         "compiled_memory_bytes": compiled_memory(step),
         "tokens_per_step": tokens,
         "steps_timed": steps,

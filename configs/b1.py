@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b1.py --workdir runs/b1
 
 Parameters: 991 M mean active, 1.24 B most active, 8.11 B total.
-Memory, 1 row at a time: weights 30.2 GiB, gradients 60.4 GiB, optimizer 60.4 GiB, activations 1.16 GiB.
+Memory, 1 row at a time: weights 30.2 GiB, gradients 60.4 GiB, optimizer 60.4 GiB, activations 435 MiB, temporaries 2.59 GiB.
 Steps: about 20 tokens a mean active parameter, 19.9 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b100.py --workdir runs/b100
 
 Parameters: 99.9 B mean active, 124 B most active, 801 B total.
-Memory, 1 row at a time: weights 2982 GiB, gradients 5964 GiB, optimizer 5964 GiB, activations 540 GiB.
+Memory, 1 row at a time: weights 2982 GiB, gradients 5964 GiB, optimizer 5964 GiB, activations 492 GiB, temporaries 85.9 GiB.
 Steps: about 20 tokens a mean active parameter, 2.00 T in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b14.py --workdir runs/b14
 
 Parameters: 14.0 B mean active, 16.6 B most active, 111 B total.
-Memory, 1 row at a time: weights 414 GiB, gradients 829 GiB, optimizer 829 GiB, activations 4.23 GiB.
+Memory, 1 row at a time: weights 414 GiB, gradients 829 GiB, optimizer 829 GiB, activations 3.03 GiB, temporaries 11.5 GiB.
 Steps: about 20 tokens a mean active parameter, 281 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b200.py --workdir runs/b200
 
 Parameters: 202 B mean active, 250 B most active, 1.59 T total.
-Memory, 1 row at a time: weights 5919 GiB, gradients 11837 GiB, optimizer 11837 GiB, activations 4140 GiB.
+Memory, 1 row at a time: weights 5919 GiB, gradients 11837 GiB, optimizer 11837 GiB, activations 3844 GiB, temporaries 355 GiB.
 Steps: about 20 tokens a mean active parameter, 4.03 T in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

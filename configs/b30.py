@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b30.py --workdir runs/b30
 
 Parameters: 30.6 B mean active, 34.2 B most active, 237 B total.
-Memory, 1 row at a time: weights 882 GiB, gradients 1765 GiB, optimizer 1765 GiB, activations 11.4 GiB.
+Memory, 1 row at a time: weights 882 GiB, gradients 1765 GiB, optimizer 1765 GiB, activations 8.97 GiB, temporaries 20.7 GiB.
 Steps: about 20 tokens a mean active parameter, 612 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b300.py --workdir runs/b300
 
 Parameters: 302 B mean active, 391 B most active, 2.37 T total.
-Memory, 1 row at a time: weights 8839 GiB, gradients 17678 GiB, optimizer 17678 GiB, activations 1175 GiB.
+Memory, 1 row at a time: weights 8839 GiB, gradients 17678 GiB, optimizer 17678 GiB, activations 1113 GiB, temporaries 135 GiB.
 Steps: about 20 tokens a mean active parameter, 6.04 T in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

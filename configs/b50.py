@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b50.py --workdir runs/b50
 
 Parameters: 50.1 B mean active, 59.2 B most active, 400 B total.
-Memory, 1 row at a time: weights 1491 GiB, gradients 2982 GiB, optimizer 2982 GiB, activations 221 GiB.
+Memory, 1 row at a time: weights 1491 GiB, gradients 2982 GiB, optimizer 2982 GiB, activations 193 GiB, temporaries 52.2 GiB.
 Steps: about 20 tokens a mean active parameter, 999 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/b7.py --workdir runs/b7
 
 Parameters: 6.89 B mean active, 8.60 B most active, 56.5 B total.
-Memory, 1 row at a time: weights 211 GiB, gradients 421 GiB, optimizer 421 GiB, activations 3.15 GiB.
+Memory, 1 row at a time: weights 211 GiB, gradients 421 GiB, optimizer 421 GiB, activations 2.11 GiB, temporaries 7.57 GiB.
 Steps: about 20 tokens a mean active parameter, 138 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/debug_200m.py --workdir runs/debug_200m
 
 Parameters: 194 M mean active, 454 M most active, 6.12 B total.
-Memory, 1 row at a time: weights 22.8 GiB, gradients 45.6 GiB, optimizer 45.6 GiB, activations 862 MiB.
+Memory, 1 row at a time: weights 22.8 GiB, gradients 45.6 GiB, optimizer 45.6 GiB, activations 192 MiB, temporaries 2.53 GiB.
 Steps: about 20 tokens a mean active parameter, 4.19 B in all. Give it as much text with --config.data.source.
 Expected result: not measured.
 """

@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/small.py --workdir runs/small
 
 Parameters: 85.8 M mean active, 85.8 M most active, 85.8 M total.
-Memory, 4 rows at a time: weights 327 MiB, gradients 655 MiB, optimizer 655 MiB, activations 3.32 GiB.
+Memory, 4 rows at a time: weights 327 MiB, gradients 655 MiB, optimizer 655 MiB, activations 2.95 GiB, temporaries 379 MiB.
 Steps: 1.84 B tokens.
 Expected result: not measured.
 """

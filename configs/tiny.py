@@ -3,7 +3,7 @@
     python -m lumina_jax.train --config configs/tiny.py --workdir runs/tiny
 
 Parameters: 5.77 M mean active, 5.77 M most active, 5.77 M total.
-Memory, 8 rows at a time: weights 22 MiB, gradients 44 MiB, optimizer 44 MiB, activations 792 MiB.
+Memory, 8 rows at a time: weights 22 MiB, gradients 44 MiB, optimizer 44 MiB, activations 720 MiB, temporaries 72 MiB.
 Steps: 16.4 M tokens.
 Expected result: not measured.
 """

@@ -1,4 +1,4 @@
-"""What a model consists of, without any array: its layer plan, its tensors, its parameters, FLOPs and memory.
+"""What a model consists of, without any array: its layer plan, its tensors, its parameters and FLOPs.
 
 D model width, H query heads, K key/value heads, h head width, F feed-forward width, E experts, V vocabulary, L layers,
 T positions, B rows, c the share of tokens that a Mixture-of-Depths layer works on.
@@ -148,17 +148,60 @@ def head_tensor(model: ModelConfig) -> Tensor:
     return Tensor("head.weight", shape, ("embed", "vocab"), std=std, decayed=True)
 
 
+def outer_tensors(model: ModelConfig) -> list[Tensor]:
+    """The tensors that belong to no layer: the embedding, then what follows the layers."""
+    final_norm = Tensor("final_norm.scale", (model.d_model,), ("embed",), std=None, constant=1.0)
+    return [embedding_tensor(model), final_norm, *([] if model.tie_embeddings else [head_tensor(model)])]
+
+
 def tensor_table(model: ModelConfig) -> list[Tensor]:
     """Every tensor of the model, in order from input to output."""
-    table = [embedding_tensor(model)]
+    embedding, *last = outer_tensors(model)
+    table = [embedding]
     for i, kind in enumerate(layer_kinds(model)):
         table += [Tensor(f"blocks.{i}.{t.name}", *_rest(t)) for t in block_tensors(model, kind)]
-    table.append(Tensor("final_norm.scale", (model.d_model,), ("embed",), std=None, constant=1.0))
-    return table if model.tie_embeddings else [*table, head_tensor(model)]
+    return [*table, *last]
 
 
 def _rest(t: Tensor) -> tuple:
     return t.shape, t.axes, t.std, t.constant, t.decayed, t.trained
+
+
+class Group(NamedTuple):
+    """A tensor and the layers that have one like it."""
+
+    tensor: Tensor  # of a layer: named relative to `blocks.i.`
+    layers: tuple[int, ...] = ()  # none: it belongs to no layer
+
+    @property
+    def copies(self) -> int:
+        return max(1, len(self.layers))
+
+    @property
+    def name(self) -> str:
+        """Such as blocks.0-39.attention.query, or blocks.1-39:2.moe.router for every second layer."""
+        return f"blocks.{numbered(self.layers)}.{self.tensor.name}" if self.layers else self.tensor.name
+
+
+def tensor_groups(model: ModelConfig) -> list[Group]:
+    """The table of tensors, those of several layers that are alike taken together."""
+    kinds = layer_kinds(model)
+    layers: dict[Tensor, list[int]] = {}
+    for kind in dict.fromkeys(kinds):
+        numbers = [i for i, other in enumerate(kinds) if other == kind]
+        for tensor in block_tensors(model, kind):
+            layers.setdefault(tensor, []).extend(numbers)
+    embedding, *last = outer_tensors(model)
+    inner = [Group(tensor, tuple(sorted(numbers))) for tensor, numbers in layers.items()]
+    return [Group(embedding), *inner, *map(Group, last)]
+
+
+def numbered(layers: Sequence[int]) -> str:
+    """Ascending numbers of layers in a word: 0-39, 1-39:2 for every second, 0,1,5 for no pattern."""
+    step = layers[1] - layers[0] if len(layers) > 1 else 1
+    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1, step)):
+        return f"{layers[0]}-{layers[-1]}" + (f":{step}" if step > 1 else "")
+    return ",".join(map(str, layers)) if len(layers) != 2 or step > 1 else f"{layers[0]}-{layers[1]}"
 
 
 # --------------------------------------------------------------------------------------------- parameters and FLOPs
@@ -244,60 +287,6 @@ def counts(config: Config) -> Counts:
     return Counts(round(total), round(most), round(mean), round(flops), 3 * round(flops))
 
 
-# ----------------------------------------------------------------------------------------------------------- memory
-
-
-class Memory(NamedTuple):
-    """Bytes that one optimizer step holds on a single device, by part."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
 LOGIT_CHUNK = (
     512  # tokens whose logits the loss holds at once; measured: at 512 x 1024 they stay in a CPU's cache, twice as fast
 )
-
-
-def memory(config: Config) -> Memory:
-    """Estimate the memory of a training step: float32 weights, gradients and AdamW moments, and a micro-batch's activations.
-
-    Activations are what the backward pass keeps of each layer (with remat only its input, plus one layer at a time), and
-    what it works on. The scores of a chunk of queries are left out: short rows hardly notice, long ones need a fused kernel.
-    """
-    model, tokens = config.model, config.data.sequence_length
-    rows = config.train.batch_size // config.train.micro_batches
-    weights = 4 * sum(t.size for t in tensor_table(model))
-    width = 2 if config.train.compute_dtype == "bfloat16" else 4
-    d, heads, kv, h, f = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim, model.d_ff
-    # Float counts a token: what XLA keeps, by comparison with compiled steps of the presets (tests hold it to 25 %).
-    most_depth = max(model.mod.capacity, model.mod.start_capacity if model.mod.anneal_steps else 0)
-    attention = 5 * d + 3 * heads * h + 4 * kv * h  # residual, norm; q twice (RoPE), values out; k twice, v
-    per_layer, wide = [], []
-    for kind in layer_kinds(model):
-        share = capacity(tokens, most_depth) / tokens if kind.endswith("+mod") else 1.0
-        selected = round(tokens * share)
-        slots = 1.0
-        feedforward = 5.0 * f + 2 * d
-        if kind.startswith("moe"):
-            shared = model.moe.shared_experts * 5 * f
-            if model.moe.dispatch == "capacity":
-                slots = model.moe.num_experts * expert_capacity(model, selected) / selected
-                feedforward = slots * (3 * d + 5 * f) + model.moe.top_k * d + shared
-            else:  # keeps gate and up of each choice; the rest exists for a block at a time
-                slots = model.moe.top_k
-                feedforward = slots * (3 * d + 2 * f) + shared
-        attended = share if model.mod.scope == "block" else 1.0
-        per_layer.append(rows * tokens * width * (attended * attention + 3 * d + share * feedforward))
-        wide.append(rows * tokens * width * share * slots * 3 * f)  # gradients of hidden, gate and up
-    residual = rows * tokens * d * width
-    kept = sum(per_layer) if config.train.remat == "none" else residual * model.num_layers + max(per_layer)
-    logits = min(rows * tokens, LOGIT_CHUNK) * model.vocab_size * 4
-    gradients = weights if config.train.micro_batches == 1 else 2 * weights  # a sum, and a micro-batch's own
-    return Memory(weights, gradients, 2 * weights, round(kept + max(wide) + 3 * residual + 3 * logits))

@@ -6,9 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lumina.architecture import counts, memory
+from lumina.architecture import counts
 from lumina.config import Config, load, presets, validate
 from lumina.errors import ConfigError, DataError
+from lumina.footprint import footprint
 from lumina.runs.units import gib, si
 
 SHARE = 0.8  # of the free memory; the rest is for the compiler, the data and other programs
@@ -52,9 +53,9 @@ def choose(free: int | None = None) -> Config:
         train = config.train
         splits = [m for m in range(1, train.batch_size + 1) if train.batch_size % m == 0]
         for train.micro_batches in splits:
-            if memory(config).total <= usable:
+            if footprint(config).total <= usable:
                 break
-        needed, size = memory(config).total, f"{name} ({si(counts(config).total)} parameters)"
+        needed, size = footprint(config).total, f"{name} ({si(counts(config).total)} parameters)"
         if needed > usable:
             verdicts.append(f"{size} needs {gib(needed)}")
             continue

@@ -123,8 +123,9 @@ def run(arguments: list[str]) -> None:
 
 
 def _params(arguments: argparse.Namespace) -> None:
-    from lumina.architecture import counts, memory
+    from lumina.architecture import counts
     from lumina.config import load, override
+    from lumina.footprint import footprint
     from lumina.runs.units import gib, si
 
     found: dict[str, dict[str, Any]] = {}
@@ -135,8 +136,8 @@ def _params(arguments: argparse.Namespace) -> None:
             "sequence_length": config.data.sequence_length,
             "rows": config.train.batch_size // config.train.micro_batches,
             **counts(config)._asdict(),
-            **{f"{part}_bytes": value for part, value in memory(config)._asdict().items()},
-            "memory_bytes": memory(config).total,
+            **{f"{part}_bytes": value for part, value in footprint(config)._asdict().items()},
+            "memory_bytes": footprint(config).total,
         }
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -148,17 +149,18 @@ def _params(arguments: argparse.Namespace) -> None:
         "total",
         "FLOPs/token",
         "training",
-        "weights",
+        "parameters",
         "gradients",
         "optimizer",
         "activations",
+        "temporaries",
         "memory",
         "of rows x T",
     ]
     lines = [header]
     for name, row in found.items():
         numbers = [si(row[key]) for key in ("mean_active", "most_active", "total", "forward_flops", "training_flops")]
-        sizes = [gib(row[f"{part}_bytes"]) for part in ("weights", "gradients", "optimizer", "activations")]
+        sizes = [gib(row[f"{part}_bytes"]) for part in footprint(config)._fields]
         lines.append([name, *numbers, *sizes, gib(row["memory_bytes"]), f"{row['rows']} x {row['sequence_length']}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     for line in lines:

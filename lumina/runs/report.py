@@ -10,10 +10,11 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from lumina.architecture import at_capacity, counts, depth_capacity_at, layer_kinds, memory
+from lumina.architecture import at_capacity, counts, depth_capacity_at, layer_kinds
 from lumina.config import Config, TrainConfig
 from lumina.data import Corpus
 from lumina.data.rows import Batches
+from lumina.footprint import footprint
 from lumina.runs.console import Console, Rate, printable, table
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal
@@ -29,7 +30,7 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
 
     `device`, `peak` (FLOP/s of matrix products) and `forms` (of kernels, with reasons) are the backend's to say.
     """
-    count, needed, train, model = counts(config), memory(config), config.train, config.model
+    count, needed, train, model = counts(config), footprint(config), config.train, config.model
     kinds = layer_kinds(model)
     tokens = train.batch_size * config.data.sequence_length
     epochs = train.steps * tokens / corpus.train.num_tokens
@@ -55,8 +56,9 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
             ("FLOPs a token", f"{si(count.forward_flops)} forward, {si(count.training_flops)} training"),
             (
                 "memory",
-                f"{gib(needed.total)} expected: weights {gib(needed.weights)}, gradients {gib(needed.gradients)}, "
-                f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}",
+                f"{gib(needed.total)} expected: parameters {gib(needed.parameters)}, gradients {gib(needed.gradients)}, "
+                f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}, "
+                f"temporaries {gib(needed.temporaries)}",
             ),
             (
                 "data",

@@ -3,9 +3,10 @@
 import pytest
 
 from lumina import auto
-from lumina.architecture import counts, memory
+from lumina.architecture import counts
 from lumina.config import load
 from lumina.errors import ConfigError, DataError
+from lumina.footprint import footprint
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def all_named_encodings(monkeypatch):
 def test_the_choice_fits_and_the_next_larger_does_not(all_named_encodings, capsys):
     free = 20 << 30
     chosen = auto.choose(free)
-    assert memory(chosen).total <= free * auto.SHARE
+    assert footprint(chosen).total <= free * auto.SHARE
     said = capsys.readouterr().err
     assert "chosen: medium" in said
     assert "passed over: large (1.40 B parameters) needs 27" in said

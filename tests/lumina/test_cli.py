@@ -7,9 +7,10 @@ import sys
 import pytest
 
 from lumina import cli
-from lumina.architecture import counts, memory
+from lumina.architecture import counts
 from lumina.config import load
 from lumina.errors import UsageError
+from lumina.footprint import footprint
 
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "torch", "tiktoken", "absl", "numpy"}
 
@@ -48,7 +49,7 @@ def test_params_json_holds_the_counted_numbers(capsys):
     config.model.num_layers = 4
     row = json.loads(capsys.readouterr().out)["b7"]
     assert {name: row[name] for name in counts(config)._fields} == counts(config)._asdict()
-    assert row["memory_bytes"] == memory(config).total == sum(row[f"{part}_bytes"] for part in memory(config)._fields)
+    assert row["memory_bytes"] == footprint(config).total == sum(row[f"{part}_bytes"] for part in footprint(config)._fields)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lumina.architecture import at_capacity, memory
+from lumina.architecture import at_capacity
 from lumina.config import load, override
 from lumina.errors import ConfigError
+from lumina.footprint import footprint
 from lumina_jax.device import chosen_forms, compiled_memory, matmul_peak, peak_memory
 from lumina_jax.step import controls, make_train_step, state_shapes
 
@@ -28,7 +29,7 @@ def test_expected_memory_is_within_25_percent_of_the_compiled_step(flags):
     batch = {name: jax.ShapeDtypeStruct(size, jnp.int32) for name in ("inputs", "targets", "segments", "positions")}
     batch["weights"] = jax.ShapeDtypeStruct(size, jnp.float32)
     step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(shapes, batch, controls(config)).compile()
-    assert memory(config).total == pytest.approx(compiled_memory(step), rel=0.25)
+    assert footprint(config).total == pytest.approx(compiled_memory(step), rel=0.25)
 
 
 def test_every_form_that_a_run_will_need_is_announced_and_refused_at_the_start(monkeypatch):
