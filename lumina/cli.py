@@ -33,6 +33,15 @@ def run(arguments: list[str]) -> None:
     params.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     params.set_defaults(run=_params)
 
+    explained = commands.add_parser(
+        "explain", help="layers, tensors and their shards, kernels, the batch's path, collectives", allow_abbrev=False
+    )
+    explained.set_defaults(run=_explain)
+    if arguments[:1] == ["explain"]:
+        from lumina import explain
+
+        explain.add(explained)
+
     sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
     sample.add_argument(
         "run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`"
@@ -116,7 +125,9 @@ def run(arguments: list[str]) -> None:
     if known.command == "run" and not command:
         raise UsageError("no command; give one after --, as in `lumina run -- python -m lumina_jax.train --config b7`")
     overrides = [flag for flag in rest if flag.startswith("--config.")]
-    if (unknown := [flag for flag in rest if flag not in overrides]) or (overrides and known.command != "params"):
+    if (unknown := [flag for flag in rest if flag not in overrides]) or (
+        overrides and known.command not in ("params", "explain")
+    ):
         raise UsageError(f"{(unknown or overrides)[0]}: unknown argument; see `lumina {known.command} --help`")
     known.overrides = overrides
     known.run(known)
@@ -170,6 +181,17 @@ def _params(arguments: argparse.Namespace) -> None:
                 for i, (cell, width) in enumerate(zip(line, widths, strict=True))
             )
         )
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from lumina.explain import tell
+
+    def kernels(config: Any, platform: str) -> Any:
+        from lumina_jax.device import forms
+
+        return forms(config, platform)
+
+    tell(arguments, kernels)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ and a layer's are gathered when it is computed (ZeRO-3; Rajbhandari et al., 2020
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lumina.architecture import Tensor, tensor_table
+from lumina.architecture import Tensor, tensor_groups
 from lumina.config import Config, MeshConfig
 from lumina.errors import ConfigError
 
@@ -134,10 +134,9 @@ def check(config: Config, sizes: Sizes) -> None:
     if sizes.context > 1 and (model.dropout or model.moe.jitter):
         field = "model.dropout" if model.dropout else "model.moe.jitter"
         raise ConfigError(f"{field}: must be 0 with mesh.context = {sizes.context}, as its draws are for whole rows")
-    for tensor in tensor_table(model):
+    for group in tensor_groups(model):
+        tensor = group.tensor
         for size, axis, over in zip(tensor.shape, tensor.axes, RULES.layout(tensor), strict=True):
             if size % sizes.along(over):
                 split = " x ".join(f"mesh.{name} = {getattr(sizes, name)}" for name in over if getattr(sizes, name) > 1)
-                raise ConfigError(
-                    f"{split}: {tensor.name} has {size} of {axis}, which cannot be split into {sizes.along(over)}"
-                )
+                raise ConfigError(f"{split}: {group.name} has {size} of {axis}, which cannot be split into {sizes.along(over)}")

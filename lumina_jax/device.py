@@ -29,19 +29,30 @@ def chosen_forms(config: Config) -> str:
 
     Raises ConfigError when one that is asked for cannot honour the request.
     """
-    model, platform = config.model, jax.default_backend()
+    (what, form, why), *more = forms(config, jax.default_backend())
+    return f"{what}: {form} ({why})" + "".join(
+        f", {form} {what} ({why})" if what.startswith("among") else f"; {what}: {form} ({why})" for what, form, why in more
+    )
+
+
+def forms(config: Config, platform: str) -> list[tuple[str, str, str]]:
+    """(what, its form, why) for attention, for attention among fewer tokens where it is another, and for dropless experts.
+
+    Raises ConfigError when one that is asked for cannot honour the request.
+    """
+    model = config.model
     dtype, length = config.train.compute_dtype, config.data.sequence_length
     attention, why = choose_attention(model.attention_form, platform, dtype, length)
-    chosen = f"attention: {attention} ({why})"
+    chosen = [("attention", attention, why)]
     if model.mod.scope == "block" and any(kind.endswith("mod") for kind in layer_kinds(model)):
         stages = {depth_capacity_at(model.mod, step) for step in (*range(model.mod.anneal_steps), model.mod.anneal_steps)}
         for selected in sorted({capacity(length, share) for share in stages} - {length}):
             form, why = choose_attention(model.attention_form, platform, dtype, selected)
             if form != attention:
-                chosen += f", {form} among the {selected} tokens that take a block ({why})"
+                chosen.append((f"among the {selected} tokens that take a block", form, why))
     if any(kind.startswith("moe") for kind in layer_kinds(model)):
         grouped, why = choose_grouped(model.moe.grouped_form, platform)
-        chosen += f"; dropless experts: {grouped} ({why})"
+        chosen.append(("dropless experts", grouped, why))
     return chosen
 
 
