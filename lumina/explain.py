@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lumina import mesh
@@ -144,7 +144,7 @@ def text(found: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def columns(rows: list[tuple[str, ...]], right: str = "") -> str:
+def columns(rows: Sequence[tuple[str, ...]], right: str = "") -> str:
     """Aligned columns, two spaces apart; those whose letter in `right` is `r` to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     sides = right.ljust(len(widths), "l")
@@ -178,7 +178,7 @@ def _tensors(found: dict[str, Any]) -> str:
         shape = " x ".join(map(str, each["shape"])) or "one number"
         rows.append((each["name"], shape, _split(each), _bytes(each["bytes_per_device"]), _bytes(each["bytes"])))
     total = [sum(each[key] for each in found["tensors"]) for key in ("bytes_per_device", "bytes")]
-    rows.append(("all of them", "", "", *map(_bytes, total)))
+    rows.append(("all of them", "", "", _bytes(total[0]), _bytes(total[1])))
     lines = "TENSORS, float32; gradients and AdamW's two moments lie likewise\n" + columns(rows, "lllrr")
     if found["mesh"]["data"] > 1:
         lines += f"\n  Each of the {found['mesh']['data']} parts along data has a copy of them all: that is what data does."

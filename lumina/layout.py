@@ -2,6 +2,7 @@
 
 import bisect
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -37,7 +38,7 @@ class Layout(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """Lower is better: time, else bytes; then fewer micro-batches; then the plainer mesh, splitting rows before all else."""
+        """Lower is better: time, else bytes; then fewer micro-batches; then the plainer mesh, and `data` before the others."""
         plain = sum(size > 1 for size in self.sizes)
         return self.seconds, self.sent, self.micro_batches, plain, tuple(-size for size in self.sizes)
 
@@ -70,7 +71,10 @@ def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None 
     Raises ConfigError where no layout fits, or the devices cannot split the model at all.
     """
     usable = int(memory_bytes * SHARE)
-    found = sorted((_best(config, sizes, usable, rates) for sizes in candidates(config, devices)), key=lambda one: one.rank)
+    meshes = candidates(config, devices)
+    if config.model.moe.pattern == "none":  # without experts their axis does what fsdp does
+        meshes = [sizes for sizes in meshes if sizes.expert == 1] or meshes
+    found = sorted((_best(config, sizes, usable, rates) for sizes in meshes), key=lambda one: one.rank)
     if not found:
         fits = max((n for n in range(1, devices) if candidates(config, n)), default=1)
         raise ConfigError(
@@ -81,20 +85,19 @@ def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None 
     given = f"{devices} devices of {gib(memory_bytes)}, of which {SHARE:.0%} are used"
     if not fitting:
         least = min(found, key=lambda one: (one.needed, one.rank))
+        instead = "train.remat=full" if config.train.remat != "full" else "shorter rows"
         raise ConfigError(
-            f"mesh.auto: no layout fits {given}; the least, {_named(config, least)}, needs {gib(least.needed)}; use more devices"
-            + (" or train.remat=full" if config.train.remat != "full" else " or shorter rows")
+            f"mesh.auto: no layout fits {given}; the least, {_named(config, least)}, needs {gib(least.needed)}; "
+            f"use more devices or {instead}"
         )
     best = fitting[0]
     lines = [f"{given}", f"chosen: {_named(config, best)}: needs {gib(best.needed)}, {_cost(best)}"]
     too_large = [one for one in found if one.rank < best.rank]
     lines += [f"passed over: {one.sizes}: needs {gib(one.needed)} of {gib(usable)}" for one in too_large[:TOLD]]
     lines += [f"passed over: {one.sizes}: fits, {_cost(one)}" for one in fitting[1:2]]
-    chosen = replace(
-        config,
-        mesh=MeshConfig(**best.sizes._asdict(), auto=config.mesh.auto),
-        train=replace(config.train, micro_batches=best.micro_batches),
-    )
+    chosen = deepcopy(config)
+    chosen.mesh = MeshConfig(**best.sizes._asdict(), auto=config.mesh.auto)
+    chosen.train.micro_batches = best.micro_batches
     return chosen, "\n".join(lines)
 
 
