@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from lumina.architecture import LOGIT_CHUNK, block_tensors, capacity, expert_capacity, layer_kinds, outer_tensors, tensor_groups
 from lumina.config import Config
-from lumina.mesh import Sizes
-from lumina.traffic import FLOAT32, compute_width, computed, gathered_over, rows_at_once, stored, width
+from lumina.mesh import RULES, Sizes
+from lumina.traffic import FLOAT32, compute_width, computed, gathered_over, plan, rows_at_once, stored, width
 
 LIVE = 2  # layers whose gathered weights exist at once: one is gathered while another is computed
 
@@ -50,6 +50,7 @@ class _Layer(NamedTuple):
     """Numbers that a layer of one kind holds of the tokens of a device."""
 
     all: float  # what the backward pass needs
+    gathered: float  # of it, what other devices have as well
     dots: float  # of it, the matrix products that `dots` keeps
     wide: float  # gradients of hidden, gate and up
 
@@ -61,17 +62,20 @@ def _residual(config: Config, sizes: Sizes) -> float:
 
 
 def of_activations(config: Config, sizes: Sizes) -> float:
-    """Bytes that the backward pass keeps: with remat the residual at the start of each layer, and one layer at a time."""
-    kinds = layer_kinds(config.model)
-    found = {kind: _layer(config, sizes, kind) for kind in set(kinds)}
-    most = max(layer.all for layer in found.values())
-    if config.train.remat == "none":
-        kept = sum(found[kind].all for kind in kinds)
-    else:
-        kept = _residual(config, sizes) * len(kinds) + most
+    """Bytes that the backward pass keeps: with remat the residual before each period of layers, and one period at a time."""
+    segments = plan(config)
+    found = {kind: _layer(config, sizes, kind) for segment in segments for kind in segment.kinds}
+    layers = [found[kind] for segment in segments for kind in segment.kinds * segment.repeats]
+    if config.train.remat == "none" and sizes.along(RULES.embed) == 1:
+        return width(config) * sum(layer.all for layer in layers)
+    if config.train.remat == "none":  # what was gathered is not kept, but for the layer that is worked on
+        once = max(layer.gathered for layer in layers)
+        return width(config) * (sum(layer.all - layer.gathered for layer in layers) + once)
+    kept = _residual(config, sizes) * sum(segment.repeats for segment in segments)
+    kept += max(sum(found[kind].all for kind in segment.kinds) for segment in segments)
     if config.train.remat == "dots":
-        kept += sum(found[kind].dots for kind in kinds)
-    return kept * width(config)
+        kept += sum(layer.dots for layer in layers)
+    return width(config) * kept
 
 
 def _layer(config: Config, sizes: Sizes, kind: str) -> _Layer:
@@ -107,13 +111,14 @@ def _layer(config: Config, sizes: Sizes, kind: str) -> _Layer:
             slots = moe.top_k * sizes.expert  # all rows along `expert` may choose the experts of one device
             feedforward = slots * (3 * D + 2 * F) + (2 * D * sizes.expert if sizes.expert > 1 else 0) + shared
     tokens = rows_at_once(config, sizes) * T / sizes.context
+    gathered = attended * whole_row + (attended + share) * (D if sizes.tensor > 1 else 0)
     numbers = attended * attention + 3 * D / sizes.tensor + share * feedforward
     dots = attended * (H * h + 2 * K * h + D) + share * dots
-    return _Layer(tokens * numbers, tokens * dots, tokens * share * slots * 3 * F)
+    return _Layer(tokens * numbers, tokens * gathered, tokens * dots, tokens * share * slots * 3 * F)
 
 
 def of_temporaries(config: Config, sizes: Sizes) -> float:
-    """Bytes that come and go: the widest layer's gradients, weights as they are computed with, logits.
+    """Bytes that come and go: the gradients inside of the widest layer, weights as they are computed with, logits.
 
     The head is gathered, with its gradient in float32, when no layer's weights are.
     """

@@ -28,6 +28,7 @@ FLOAT32 = 4  # bytes
 TRANSPOSED = {  # what the backward pass does for what the forward pass did
     "all_gather": "reduce_scatter",
     "reduce_scatter": "all_gather",
+    "all_reduce": "all_reduce",
     "all_to_all": "all_to_all",
     "permute": "permute",
 }
@@ -117,7 +118,7 @@ def transfers(config: Config, sizes: Sizes) -> list[Transfer]:
     account, M = Account(sizes), config.train.micro_batches
     add_outer_weights(account, config)
     add_embedding_and_loss(account, config)
-    for segment in _plan(tuple(layer_kinds(config.model))):
+    for segment in plan(config):
         for place, kind in enumerate(segment.kinds):
             add_layer(account, config, kind, segment.repeats * M, closes=place + 1 == len(segment.kinds))
     add_gradients(account, config)
@@ -129,6 +130,11 @@ def layer_transfers(config: Config, sizes: Sizes, kind: str) -> list[Transfer]:
     account = Account(sizes)
     add_layer(account, config, kind, 1)
     return account.transfers()
+
+
+def plan(config: Config) -> list[Segment]:
+    """The segments of layers that a step is compiled of."""
+    return _plan(tuple(layer_kinds(config.model)))
 
 
 @functools.cache
@@ -161,13 +167,13 @@ def add_outer_weights(account: Account, config: Config) -> None:
 
 def add_gradients(account: Account, config: Config) -> None:
     """Gradients, once a step, over the axes that do not split them: S = numbers kept * 4. Stacked layers are one array."""
-    plan = _plan(tuple(layer_kinds(config.model)))
+    segments = plan(config)
     for group in tensor_groups(config.model):
         if not group.tensor.trained:
             continue
         split = {axis for over in RULES.layout(group.tensor) for axis in over}
         axes = tuple(axis for axis in AXES if axis not in split)
-        stacks = [len(set(s.layers(p)) & set(group.layers)) for s in plan for p in range(len(s.kinds))]
+        stacks = [len(set(s.layers(p)) & set(group.layers)) for s in segments for p in range(len(s.kinds))]
         for layers in filter(None, stacks if group.layers else [1]):
             account.add("gradients", "all_reduce", axes, layers * stored(group.tensor, account.sizes) * FLOAT32, 1)
 
@@ -179,8 +185,8 @@ def rows_at_once(config: Config, sizes: Sizes) -> int:
 
 def add_embedding_and_loss(account: Account, config: Config) -> None:
     """Over `tensor`: a device looks up what is in its part of the vocabulary, and the sum is scattered along the sequence,
-    S = b t D w. For the loss it has all positions, S = b t D w, and its part of the logits, of whose softmax three float32 a
-    token (the largest, the sum, the target's) are reduced, a chunk at a time."""
+    S = b t D w. For the loss it has all positions, S = b t D w, and its part of the logits, of whose softmax two float32 a
+    token (the largest and the sum) are reduced, a chunk at a time."""
     sizes, model, M = account.sizes, config.model, config.train.micro_batches
     b, t = rows_at_once(config, sizes), config.data.sequence_length // sizes.context
     hidden = b * t * model.d_model * width(config)
@@ -189,68 +195,69 @@ def add_embedding_and_loss(account: Account, config: Config) -> None:
     account.add("hidden state for the loss", "all_gather", ("tensor",), hidden, M)
     account.add("hidden state for the loss", "reduce_scatter", ("tensor",), hidden, M)
     chunk = min(LOGIT_CHUNK, b * t)
-    account.add("softmax of the loss", "all_reduce", ("tensor",), chunk * FLOAT32, 3 * -(-b * t // chunk) * M)
+    account.add("softmax of the loss", "all_reduce", ("tensor",), chunk * FLOAT32, 2 * -(-b * t // chunk) * M)
 
 
 def add_layer(account: Account, config: Config, kind: str, times: int, closes: bool = True) -> None:
     """What a layer of this kind sends, `times` over. One that `closes` its period is not computed again for a layer after it.
 
-    Each collective of the forward pass has its transpose in the backward pass. What is gathered is never kept for that, so it
-    is gathered again; under a remat policy all else is done again as well, but for what only the next layer needs.
+    Each collective of the forward pass has its transpose in the backward pass. What was gathered is not kept for that where
+    weights are gathered, and under a remat policy nothing is: it is sent again, but for what only the next layer needs.
     """
-    sizes, model, moe, w = account.sizes, config.model, config.model.moe, width(config)
-    passes, remat = forward_passes(config), config.train.remat != "none"
+    sizes, model, passes = account.sizes, config.model, forward_passes(config)
+    remat, forgets = config.train.remat != "none", sizes.along(RULES.embed) > 1
 
-    def both_ways(what: str, how: str, axes: tuple[str, ...], size: float, count: int = 1, needed: bool = True) -> None:
-        again = how == "all_gather" or (remat and needed)
-        account.add(what, how, axes, size, count * times * (passes + again))
-        account.add(what, TRANSPOSED[how], axes, size, count * times)
+    def both_ways(what: str, how: str, axis: str, size: float, count: int = 1, needed: bool = True) -> None:
+        again = needed and (remat or (forgets and how == "all_gather"))
+        account.add(what, how, (axis,), size, count * times * (passes + again))
+        account.add(what, TRANSPOSED[how], (axis,), size, count * times)
 
     for tensor in block_tensors(model, kind):
         _add_weight(account, config, "weights", tensor, (passes + 1) * times, times)
+    b, T, row = rows_at_once(config, sizes), config.data.sequence_length, model.d_model * width(config)
+    mod = kind.endswith("+mod")
+    C = capacity(T, model.mod.capacity) if mod else T
+    t, c = T // sizes.context, -(-C // sizes.context)
+    block = mod and model.mod.scope == "block"
 
-    D, b, T = model.d_model, rows_at_once(config, sizes), config.data.sequence_length
-    t, taken = T // sizes.context, T
-    if kind.endswith("+mod"):
-        taken = capacity(T, model.mod.capacity)
-        both_ways("routing logits", "all_gather", ("context", "tensor"), b * T * FLOAT32)  # one a token
-    c = -(-taken // sizes.context)
-    whole_block = taken < T and model.mod.scope == "block"
-    others = sizes.context - 1
-
-    # Sequence-parallel residual (Korthikanti et al., 2022): S = b t D w before and after each block.
-    both_ways("residual to attention", "all_gather", ("tensor",), b * t * D * w)
-    if whole_block:  # between attention and feed-forward there are only the tokens taken: S = b c D w
-        both_ways("residual from attention", "reduce_scatter", ("tensor",), b * c * D * w)
-        both_ways("residual to feed-forward", "all_gather", ("tensor",), b * c * D * w)
+    # The residual stream is split along the sequence (Korthikanti et al., 2022), blocks have all of it: S = b t D w.
+    if block:  # around both; between them the tokens taken alone, S = b c D w
+        both_ways("residual to layer", "all_gather", "tensor", b * t * row)
+        both_ways("residual within layer", "all_reduce", "tensor", b * c * row)
+        both_ways("residual from layer", "reduce_scatter", "tensor", b * t * row, needed=not closes)
     else:
-        both_ways("residual from attention", "reduce_scatter", ("tensor",), b * t * D * w)
-        both_ways("residual to feed-forward", "all_gather", ("tensor",), b * t * D * w)
-    both_ways("residual from feed-forward", "reduce_scatter", ("tensor",), b * t * D * w, needed=not closes)
+        both_ways("residual to attention", "all_gather", "tensor", b * t * row)
+        both_ways("residual from attention", "reduce_scatter", "tensor", b * t * row)
+        both_ways("residual to feed-forward", "all_gather", "tensor", b * t * row)
+        both_ways("residual from feed-forward", "reduce_scatter", "tensor", b * t * row, needed=not closes)
 
-    # Keys and values of the own heads and the whole row, or of what is taken of it: S = b T (K / tensor) h w each.
-    keys = b * (c * sizes.context if whole_block else T) * model.num_kv_heads // sizes.tensor * model.head_dim * w
-    both_ways("keys and values", "all_gather", ("context",), keys, 2)
-
-    # Tokens of a row that others work on go round the ring, n - 1 times what each has: S = b t D w there, b c D w back.
-    if kind.endswith("+mod"):
-        both_ways("tokens that a layer takes", "permute", ("context",), b * t * D * w, others)
-        both_ways("tokens that a layer takes", "permute", ("context",), b * c * D * w, others)
+    # Keys and values of the own heads, of all positions that attend: S = b T (K / tensor) h w each.
+    heads = model.num_kv_heads // sizes.tensor * model.head_dim * width(config)
+    both_ways("keys and values", "all_gather", "context", b * (c * sizes.context if block else T) * heads, 2)
+    if mod:
+        # A router's and a predictor's logit a token in float32, S = b T 4. The tokens taken are spread evenly, and their
+        # results go back to where they came from: round a ring, n - 1 times what a device has, S = b t D w and b c D w.
+        both_ways("routing logits", "all_gather", "context", b * T * FLOAT32, 2)
+        both_ways("tokens to layer", "permute", "context", b * t * row, sizes.context - 1)
+        both_ways("tokens from layer", "permute", "context", b * c * row, sizes.context - 1, needed=not closes)
     if not kind.startswith("moe"):
         return
 
-    # Router logits in float32: S = b C A 4.
-    both_ways("routing logits", "all_gather", ("context", "tensor"), b * taken * (moe.num_experts + moe.noop_experts) * FLOAT32)
+    moe = model.moe
+    # S = b C A 4.
+    both_ways("routing logits", "all_gather", "context", b * C * (moe.num_experts + moe.noop_experts) * FLOAT32)
     if moe.dispatch == "capacity":
-        # Slots of all experts, S = b E (slots / context) D w, to the experts' devices and back.
-        slots = b * moe.num_experts * -(-expert_capacity(model, taken) // sizes.context) * D * w
-        both_ways("tokens to experts", "permute", ("context",), b * c * D * w, others)
-        both_ways("tokens from experts", "permute", ("context",), slots, others)
-        both_ways("tokens to experts", "all_to_all", ("expert",), slots)
-        both_ways("tokens from experts", "all_to_all", ("expert",), slots)
+        # Each device fills its share of the slots of all experts, S = b E (slots / context) D w, from all of a row; they travel
+        # to the experts and back, and the row's tokens fetch their results.
+        slots = b * moe.num_experts * -(-expert_capacity(model, C) // sizes.context) * row
+        both_ways("tokens to slots", "permute", "context", b * c * row, sizes.context - 1)
+        both_ways("slots to experts", "all_to_all", "expert", slots)
+        both_ways("slots from experts", "all_to_all", "expert", slots)
+        both_ways("tokens from slots", "permute", "context", slots, sizes.context - 1)
     else:
-        # All rows along `expert`, S = n b c D w, with an expert and a gate a choice, 8 k bytes a token; partial sums back.
-        rows = sizes.expert * b * c
-        both_ways("tokens to experts", "all_gather", ("expert",), rows * D * w)
-        both_ways("choices of experts", "all_gather", ("expert",), rows * moe.top_k * 2 * FLOAT32)
-        both_ways("tokens from experts", "reduce_scatter", ("expert",), rows * D * w, needed=not closes)
+        # The tokens of all rows along `expert`, S = n b c D w, their choices in int32 and gates; the sum of the results back.
+        tokens = sizes.expert * b * c
+        both_ways("tokens to experts", "all_gather", "expert", tokens * row)
+        both_ways("gates to experts", "all_gather", "expert", tokens * moe.top_k * width(config))
+        account.add("choices to experts", "all_gather", ("expert",), tokens * moe.top_k * 4, times * (passes + 1))
+        both_ways("tokens from experts", "reduce_scatter", "expert", tokens * row, needed=mod or not closes)
