@@ -107,8 +107,8 @@ def _whole(group: Group, sizes: Sizes) -> str:
     if not left:
         return ""
     if len(group.tensor.shape) < 2:
-        return "has one dimension: to gather it would take longer than it is worth"
-    return f"whole along {'+'.join(left)}, whose devices route the same tokens and decide alike"
+        return "of one dimension, not worth a gather"
+    return f"along {'+'.join(left)}, whose devices route the same tokens and decide alike"
 
 
 def _plain(found: list[Transfer]) -> list[dict[str, Any]]:
@@ -173,7 +173,7 @@ def _layers(found: dict[str, Any]) -> str:
 
 
 def _tensors(found: dict[str, Any]) -> str:
-    rows = [("tensor", "shape", "split over", "on a device", "of")]
+    rows = [("tensor", "shape", "each split over", "on a device", "of")]
     for each in found["tensors"]:
         shape = " x ".join(map(str, each["shape"])) or "one number"
         rows.append((each["name"], shape, _split(each), _bytes(each["bytes_per_device"]), _bytes(each["bytes"])))
@@ -187,19 +187,15 @@ def _tensors(found: dict[str, Any]) -> str:
         if each["whole"]:
             reasons.setdefault(each["whole"], []).append(each)
     for why, tensors in reasons.items():
-        names = ", ".join(
-            dict.fromkeys(
-                each["name"].split(".", 2)[-1] if each["name"].startswith("blocks.") else each["name"] for each in tensors
-            )
-        )
+        names = dict.fromkeys(each["name"].split(".", 2 if each["copies"] > 1 else 0)[-1] for each in tensors)
         size = _bytes(sum(each["bytes_per_device"] for each in tensors))
-        lines += f"\n  Left whole on purpose ({size}): {why}:\n    {names}"
+        lines += f"\n  Left whole on purpose, {size}, {why}:\n    {', '.join(names)}"
     return lines
 
 
 def _split(tensor: dict[str, Any]) -> str:
-    parts = [f"{axis} by {'+'.join(over)}" for axis, over in zip(tensor["axes"], tensor["split"], strict=True) if over]
-    return ", ".join(parts) or "-"
+    """The mesh axes of each dimension; - for whole ones."""
+    return ", ".join("+".join(over) or "-" for over in tensor["split"]) if any(tensor["split"]) else "-"
 
 
 def _kernels(found: dict[str, Any]) -> str:
@@ -216,7 +212,7 @@ def _batch(found: dict[str, Any]) -> str:
         if path["hosts_per_row"] == 1
         else ("hosts", f"{path['hosts']}, each {path['hosts_per_row']} of them read the same {path['rows_per_host']:,} rows"),
         ("devices", f"rows are split over {axes}: {path['rows_per_device']:,} rows a device"),
-        ("micro-batches", f"{path['micro_batches']:,} one after another: {path['rows_at_once']:,} rows at a time on a device"),
+        ("micro-batches", f"{path['micro_batches']:,}, so {path['rows_at_once']:,} of its rows at a time on a device"),
     ]
     if sizes.context > 1 or sizes.tensor > 1:
         held = f"of a row a device computes {path['positions_per_device']:,} positions"
