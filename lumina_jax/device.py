@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
+from lumina.auto import free_memory
 from lumina.config import Config
 from lumina_jax.attend import choose_attention
 from lumina_jax.grouped import choose_grouped
@@ -75,6 +76,14 @@ def compiled_memory(compiled: Any) -> int:
     sizes = compiled.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def memory_of_each() -> int:
+    """Bytes that each device may use: what its allocator tells, else its share of what this machine has free."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return free_memory()[0] // jax.local_device_count()
 
 
 def peak_memory() -> int:

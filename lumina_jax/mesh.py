@@ -12,15 +12,15 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from lumina import mesh as layout
 from lumina.architecture import Tensor, layer_kinds, layer_plan, tensor_table
 from lumina.config import Config
 from lumina.errors import ConfigError, UsageError
-from lumina.mesh import AXES
+from lumina.mesh import AXES, RULES, Sizes, resolve
+from lumina.mesh import ROWS as ROW_AXES
 from lumina_jax.model import canonical_names
 from lumina_jax.sharding import Axes
 
-ROWS, WHOLE, EACH = PartitionSpec(layout.ROWS), PartitionSpec(), PartitionSpec(AXES)
+ROWS, WHOLE, EACH = PartitionSpec(ROW_AXES), PartitionSpec(), PartitionSpec(AXES)
 JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -45,7 +45,7 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh:
     Raises ConfigError as `lumina.mesh.resolve`, and where a process would be left without a device.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = layout.resolve(config, len(devices))
+    sizes = resolve(config, len(devices))
     if jax.process_count() > 1 and sizes.devices < len(devices):
         raise ConfigError(
             f"mesh: {sizes} takes {sizes.devices} of {len(devices)} devices; with several processes it must take all, "
@@ -54,7 +54,7 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh:
     return mesh_of(sizes, devices[: sizes.devices])
 
 
-def mesh_of(sizes: layout.Sizes, devices: Any) -> Mesh:
+def mesh_of(sizes: Sizes, devices: Any) -> Mesh:
     """A mesh of these devices: on a TPU so that its axes follow the wires, else in their order."""
     if devices[0].platform == "tpu":
         from jax.experimental import mesh_utils
@@ -67,7 +67,7 @@ def mesh_of(sizes: layout.Sizes, devices: Any) -> Mesh:
 
 def one_device() -> Mesh:
     """The first device alone."""
-    return mesh_of(layout.Sizes(), jax.local_devices()[:1])
+    return mesh_of(Sizes(), jax.local_devices()[:1])
 
 
 def axes_of(mesh: Mesh) -> Axes:
@@ -96,7 +96,7 @@ def specs(config: Config, tree: Any) -> Any:
         if tensor is None:
             return WHOLE
         stacked = (None,) if tensor.name.startswith("blocks.") else ()
-        return PartitionSpec(*stacked, *(over or None for over in layout.RULES.layout(tensor)))
+        return PartitionSpec(*stacked, *(over or None for over in RULES.layout(tensor)))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
 

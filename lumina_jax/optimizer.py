@@ -52,8 +52,9 @@ def decay_mask(config: Config, params: Any) -> Any:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Everything up to the learning rate, which `train_step` applies: clip, Adam direction, decoupled decay (AdamW)."""
     optim = config.optim
+    first_moment = None if optim.moment_dtype == "float32" else optim.moment_dtype  # None: as the parameters
     return optax.chain(
         optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity(),
-        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps, mu_dtype=None if optim.moment_dtype == "float32" else optim.moment_dtype),
+        optax.scale_by_adam(optim.beta1, optim.beta2, optim.eps, mu_dtype=first_moment),
         optax.add_decayed_weights(optim.weight_decay, mask=lambda params: decay_mask(config, params)),
     )

@@ -13,9 +13,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lumina import mesh as layout
 from lumina.architecture import layer_kinds, layer_plan, tensor_table
 from lumina.config import Config, GuardConfig, ModelConfig
+from lumina.mesh import AXES
+from lumina.mesh import ROWS as ROW_AXES
 from lumina_jax.context import Row
 from lumina_jax.loss import TokenSums, cross_entropy
 from lumina_jax.mesh import EACH, ROWS, WHOLE, axes_of, one_device, shardings, specs, tensor_at
@@ -100,7 +101,7 @@ def _summarise(metrics: Metrics, axes: Axes, balance_over: str, batch_load_LA: j
         load_LBA, share_LBA = experts.pop("load_BA"), experts.pop("share_BA")
         experts["load_A"] = jnp.sum(load_LBA, axis=1)
         if balance_over == "micro_batch":
-            load_LBA = axes.sum(experts["load_A"], layout.ROWS)[:, None]
+            load_LBA = axes.sum(experts["load_A"], ROW_AXES)[:, None]
         elif balance_over == "batch" and batch_load_LA is not None:
             load_LBA = batch_load_LA[:, None]
         summary["moe"] = {**experts, "balance_loss": balance_loss(load_LBA, share_LBA)}
@@ -159,7 +160,7 @@ def make_train_step(
 
     def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
         """Gradients and metrics, as one device sees its rows and then all devices' together."""
-        weight = axes.sum(jnp.sum(batch["weights"]), layout.ROWS)
+        weight = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)
         # Every M-th row: so a micro-batch has the same rows on any number of devices.
         micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1), (batch, row_B))
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step) if random else None
@@ -174,7 +175,7 @@ def make_train_step(
 
         batch_load_LA = None
         if balance_over == "batch" and "moe" in kinds:  # known only when every row has been routed once
-            batch_load_LA = axes.sum(_sum_over(M, load_LA), layout.ROWS)
+            batch_load_LA = axes.sum(_sum_over(M, load_LA), ROW_AXES)
 
         def gradients_of(index: Any):
             micro, key_b = part(index)
@@ -187,9 +188,7 @@ def make_train_step(
         if token_bytes is not None:
             metrics["text_bytes"] = _text_bytes(token_bytes, batch)
         # Counts are of whole rows, on each of a row's devices; all else is a device's share.
-        metrics = jax.tree.map(
-            lambda a: axes.sum(a, layout.ROWS if jnp.issubdtype(a.dtype, jnp.integer) else layout.AXES), metrics
-        )
+        metrics = jax.tree.map(lambda a: axes.sum(a, ROW_AXES if jnp.issubdtype(a.dtype, jnp.integer) else AXES), metrics)
         metrics["stop"] = axes.sum(jnp.sum(knobs.stop_N))
         return jax.tree_util.tree_map_with_path(summed, grads), metrics
 
@@ -320,7 +319,7 @@ def make_eval_step(
             "taken_L": jnp.sum(taken_LBT * batch["weights"], axis=(1, 2)),
             "text_bytes": _text_bytes(token_bytes, batch),
         }
-        return axes.sum({"loss": sums.loss, "correct": sums.correct}) | axes.sum(of_rows, layout.ROWS)
+        return axes.sum({"loss": sums.loss, "correct": sums.correct}) | axes.sum(of_rows, ROW_AXES)
 
     in_specs = (specs(config, state_shapes(config)[0].variables), ROWS)
     return jax.shard_map(of_own_rows, mesh=mesh, in_specs=in_specs, out_specs=WHOLE, check_vma=False)

@@ -28,6 +28,9 @@ JAX = train.Framework(
     dtypes=("float32", "bfloat16"),
     attention=("auto", "reference", "chunked", "splash"),
     grouped=("auto", "blocks", "ragged"),
+    remat=("none", "full", "dots"),
+    moments=("float32", "bfloat16"),
+    offload=(False, True),
 )
 
 
@@ -45,13 +48,17 @@ class Trainer:
     def __init__(self, config: Config):
         import jax
 
+        from lumina.layout import choose
         from lumina_jax.allocator import keep_large_buffers
-        from lumina_jax.device import describe
+        from lumina_jax.device import describe, memory_of_each
         from lumina_jax.mesh import agreed, join, make_mesh, require_same, row_blocks, shaped, shardings
         from lumina_jax.step import init_state, state_shapes
 
         self.buffers = keep_large_buffers()
         join()
+        self.why_mesh = ""
+        if config.mesh.auto:
+            config, self.why_mesh = choose(config, jax.device_count(), memory_of_each())
         self.config, self.mesh = config, make_mesh(config)
         self.versions, self.device = {"jax": jax.__version__}, describe(self.mesh)
         self.processes, self.part = jax.process_count(), row_blocks(self.mesh)
@@ -86,7 +93,8 @@ class Trainer:
         """The forms of kernels that the devices take, and why."""
         from lumina_jax.device import chosen_forms
 
-        return f"{chosen_forms(self.config)}; {self.buffers}"
+        told = f"{chosen_forms(self.config)}; {self.buffers}"
+        return f"{told}\nmesh: {self.why_mesh}" if self.why_mesh else told
 
     def peak(self) -> float:
         """FLOP/s of matrix products on all devices."""

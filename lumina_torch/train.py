@@ -32,6 +32,9 @@ TORCH = train.Framework(
     dtypes=("float32", "bfloat16", "float16"),
     attention=("auto", "reference", "sdpa", "flash"),
     grouped=("auto", "grouped_mm", "loop"),
+    remat=("none", "full"),
+    moments=("float32",),
+    offload=(False,),
 )
 
 

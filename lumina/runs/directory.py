@@ -21,6 +21,8 @@ MAY_CHANGE = (
     "model.moe.grouped_form",
     "train.steps",
     "train.micro_batches",
+    "train.remat",
+    "optim.offload",
     "train.eval_",
     "train.early_stopping",
     "mesh.",

@@ -40,6 +40,9 @@ class Framework(NamedTuple):
     dtypes: tuple[str, ...]  # for train.compute_dtype
     attention: tuple[str, ...]  # for model.attention_form
     grouped: tuple[str, ...]  # for model.moe.grouped_form
+    remat: tuple[str, ...]  # for train.remat
+    moments: tuple[str, ...]  # for optim.moment_dtype
+    offload: tuple[bool, ...]  # for optim.offload
 
 
 class Text(NamedTuple):
@@ -53,6 +56,7 @@ class Text(NamedTuple):
 class Trainer(Protocol):
     """A framework at work on one config, in one process or several that call the same methods in the same order."""
 
+    config: Config  # as asked for, with what is chosen for the devices at hand
     versions: dict[str, str]  # of the framework, for the record
     device: str  # the devices, in words
     part: tuple[tuple[int, ...], int]  # which of n equal parts of each batch this process reads, and n
@@ -129,7 +133,8 @@ def _train_and_evaluate(
         raise ConfigError(f"monitor.sample_prompt = {config.monitor.sample_prompt!r}: must leave room for an answer in a row")
 
     # ------------------------------------------------------------------------------- the model, new or where it stopped
-    trainer = make(config)
+    asked, trainer = config, make(config)
+    config = trainer.config
     trainer.require_same("the config", sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
     trainer.require_same("the data (data.source, data.tokenizer, Python's version)", corpus.fingerprint)
     text = read(config, corpus, trainer.part)
@@ -160,14 +165,14 @@ def _train_and_evaluate(
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
     if writes:
-        run.record(config, data, corpus.tokenizer)
+        run.record(asked, data, corpus.tokenizer)
     peak = trainer.peak()
     console.say(report.opening(config, run, corpus, start, trainer.device, peak, forms))
     backend = trainer.backend(text, start, writes, console, lambda: loop.aside())
 
     # ------------------------------------------------------------------------------------------------------- the loop
     fingerprints: Record = {
-        "config": config_fingerprint(config),
+        "config": config_fingerprint(asked),
         "tokenizer": corpus.tokenizer.fingerprint,
         "data": corpus.fingerprint,
     }
@@ -214,9 +219,12 @@ def require_possible(framework: Framework, config: Config) -> None:
         ("train.compute_dtype", config.train.compute_dtype, framework.dtypes),
         ("model.attention_form", config.model.attention_form, framework.attention),
         ("model.moe.grouped_form", config.model.moe.grouped_form, framework.grouped),
+        ("train.remat", config.train.remat, framework.remat),
+        ("optim.moment_dtype", config.optim.moment_dtype, framework.moments),
+        ("optim.offload", config.optim.offload, framework.offload),
     ):
         if value not in choices:
-            raise ConfigError(f"{name} = {value!r}: not in {framework.program}, which has {', '.join(choices)}")
+            raise ConfigError(f"{name} = {value!r}: not in {framework.program}, which has {', '.join(map(str, choices))}")
 
 
 def run_command(framework: Framework, train: Callable[[Config, Path, bool], int]) -> None:
