@@ -12,6 +12,7 @@ from lumina.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    MeshConfig,
     MoDConfig,
     ModelConfig,
     MoEConfig,
@@ -46,4 +47,5 @@ def get_config(variant: str = "") -> Config:
         eval_every=1000,
         eval_rows=512,
     )
-    return as_variant(Config(model, data, optim, train, CheckpointConfig(every=1000)), variant)
+    mesh, checkpoint = MeshConfig(auto=True), CheckpointConfig(every=1000)
+    return as_variant(Config(model, data, optim, train, checkpoint, mesh=mesh), variant)

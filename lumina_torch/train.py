@@ -53,8 +53,6 @@ def _require_processes(config: Config) -> None:
     for axis in ("fsdp", "expert", "context", "tensor"):
         if (size := getattr(config.mesh, axis)) not in (-1, 1):
             raise ConfigError(f"mesh.{axis} = {size}: must be 1 in lumina_torch; torch.deepspeed.zero_stage splits a model")
-    if config.mesh.auto:
-        raise ConfigError("mesh.auto = True: is lumina_jax's; torch.deepspeed.zero_stage = auto chooses for lumina_torch")
     if config.mesh.data not in (-1, 1) and str(config.mesh.data) != processes:
         raise ConfigError(
             f"mesh.data = {config.mesh.data}: lumina_torch has one device a process; -1 or {processes} would work"

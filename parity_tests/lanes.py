@@ -1,4 +1,4 @@
-"""What must hold between JAX and PyTorch, and the table of what was seen: python -m parity_tests.lanes [--out docs/parity.md]
+"""What must hold between JAX and PyTorch, and one device and several: python -m parity_tests.lanes [--out docs/parity.md]
 
 Tests hold their figures to a lane with `record`. Run as a program this runs all of them, and writes the largest figure of each
 case beside the bound.
@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = ("parity_tests", "tests/lumina_torch/test_zero.py")
+TESTS = ("parity_tests", "tests/lumina_torch/test_zero.py", "tests/lumina_jax/test_sharding.py")
 RECORD = "LUMINA_PARITY_RECORD"  # a file to which each figure is added as a line of JSON
 
 
@@ -43,6 +43,8 @@ LANES = {
     "generation": Lane(0, "greedy tokens that differ, with a key/value cache and causal routing"),
     "interchange": Lane(0, "bits that differ in weights, moments and biases: JAX to PyTorch to JAX"),
     "resume": Lane(1e-5, "parameters after K steps in one and K in the other against 2K in one, relative L2"),
+    "sharded": Lane(5e-6, "JAX on several devices against one: the gradient of every tensor and the losses of one step"),
+    "sharded, float64": Lane(1e-11, "the same in float64: parameters, moments and biases after two steps, and losses"),
     "ZeRO": Lane(1e-5, "parameters of two processes under ZeRO against one process, relative L2"),
 }
 
