@@ -17,10 +17,13 @@ from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.loop import Backend
 from lumina.runs.origin import Origin
+from lumina.runs.units import gib
 
 if TYPE_CHECKING:  # jax is imported when a run and its data are in order
     from lumina_jax.checkpoint import Checkpoints
     from lumina_jax.step import TrainState
+
+SAMPLING = 0.4  # of a device's memory that the weights may take beside its part of a state, to sample from them there
 
 JAX = train.Framework(
     program="lumina_jax",
@@ -116,6 +119,7 @@ class Trainer:
         import jax
 
         from lumina.generation import Sampling
+        from lumina_jax.device import memory_of_each
         from lumina_jax.evaluate import evaluate
         from lumina_jax.generate import Generator
         from lumina_jax.mesh import own_copy, place_each, place_rows
@@ -153,6 +157,10 @@ class Trainer:
             return evaluate(eval_step, state.variables, batches, alive)
 
         def sample(state: Any, count: int) -> list[str]:
+            needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.like.variables))
+            if self.agreed(mesh.size > 1 and needed > SAMPLING * memory_of_each()):
+                console.say(f"no samples: they take all of the weights, {gib(needed)}, on one device")
+                return []
             generator = Generator(config, self.graphdef, own_copy(mesh, state.variables), tokenizer)
             prompt = config.monitor.sample_prompt
             length = min(config.monitor.sample_tokens, generator.room(prompt))
