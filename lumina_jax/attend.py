@@ -31,17 +31,21 @@ class Form:
     name: str
     platforms: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
-    length_multiple: int = 1  # lengths of rows must be multiples of it
+    length_multiple: int = 1  # lengths of rows must be multiples of it; of chunks, where rows are split
+    split_rows: bool = True  # over the devices along a mesh's `context`
 
-    def refusal(self, platform: str, dtype: Any, length: int) -> str:
+    def refusal(self, platform: str, dtype: Any, length: int, context: int = 1) -> str:
         """Why it cannot do this, in words; empty if it can."""
         dtype = jnp.dtype(dtype).name
         if self.platforms and platform not in self.platforms:
             return f"runs on {' or '.join(self.platforms)}, not on {platform}"
         if self.dtypes and dtype not in self.dtypes:
             return f"takes {' or '.join(self.dtypes)}, not {dtype}"
-        if length % self.length_multiple:
-            return f"takes rows whose length is a multiple of {self.length_multiple}, not {length}"
+        if context > 1 and not self.split_rows:
+            return "takes rows on one device, not split over context"
+        multiple = self.length_multiple * (2 * context if context > 1 else 1)
+        if self.length_multiple > 1 and length % multiple:
+            return f"takes rows whose length is a multiple of {multiple}, not {length}"
         return ""
 
 
@@ -49,24 +53,25 @@ FORMS = {
     form.name: form
     for form in (
         Form("chunked"),
-        Form("reference"),
+        Form("reference", split_rows=False),
         Form("splash", platforms=("tpu",), dtypes=("bfloat16", "float32"), length_multiple=128),
     )
 }
 PREFERRED = {"tpu": "splash"}  # where it can; chunked is everywhere else
 
 
-def choose_attention(form: str, platform: str, dtype: Any, length: int) -> tuple[str, str]:
+def choose_attention(form: str, platform: str, dtype: Any, length: int, context: int = 1) -> tuple[str, str]:
     """(name of the form to take, why).
 
     Args:
         form: one of FORMS, or `auto`.
         platform: cpu, gpu or tpu.
         dtype: of queries, keys and values.
+        context: devices that one row is split over.
 
     Raises ConfigError when `form` is unknown, or cannot honour the rest.
     """
-    asked = (platform, dtype, length)
+    asked = (platform, dtype, length, context)
     able = [name for name, known in FORMS.items() if not known.refusal(*asked)]
     if form == "auto":
         preferred = PREFERRED.get(platform, "chunked")
@@ -118,7 +123,7 @@ def attend_cached(q_BTHh, k_BSKh, v_BSKh, last_BT):
 
 def _full_softmax(q_BTHh, k_BSKh, v_BSKh, visible_BTS):
     B, T, H, h = q_BTHh.shape
-    K, wide = k_BSKh.shape[2], _wide(q_BTHh)
+    K, wide = k_BSKh.shape[2], wide_dtype(q_BTHh)
     q_BTKGh = q_BTHh.reshape(B, T, K, H // K, h)
     scores_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGh, k_BSKh, preferred_element_type=wide) / math.sqrt(h)
     scores_BKGTS = jnp.where(visible_BTS[:, None, None], scores_BKGTS, jnp.finfo(wide).min)
@@ -127,7 +132,8 @@ def _full_softmax(q_BTHh, k_BSKh, v_BSKh, visible_BTS):
     return mixed_BTKGh.reshape(B, T, H, h).astype(q_BTHh.dtype)
 
 
-def _wide(x):
+def wide_dtype(x):
+    """What sums of x are kept in: at least float32."""
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
@@ -155,7 +161,7 @@ def _of_chunk(x_BKGTh, a: int, b: int):
 def _masked_scores(q_BKRh, k_BKsh, segments_BT, a: int, b: int):
     """[B, K, G, n, s] of the queries a to b, in the wide dtype; q is already scaled."""
     B, K, R, _ = q_BKRh.shape
-    scores_BKRs = jnp.einsum("bkrh,bksh->bkrs", q_BKRh, k_BKsh, preferred_element_type=_wide(q_BKRh))
+    scores_BKRs = jnp.einsum("bkrh,bksh->bkrs", q_BKRh, k_BKsh, preferred_element_type=wide_dtype(q_BKRh))
     causal_ns = jnp.arange(a, b)[:, None] >= jnp.arange(b)[None, :]
     visible_Bns = causal_ns & (segments_BT[:, a:b, None] == segments_BT[:, None, :b])
     return jnp.where(visible_Bns[:, None, None], scores_BKRs.reshape(B, K, R // (b - a), b - a, b), HIDDEN)
@@ -173,8 +179,8 @@ def attend_chunked(q_BTHh, k_BTKh, v_BTKh, segments_BT):
 
 def _chunked_forward(q_BTHh, k_BTKh, v_BTKh, segments_BT):
     B, T, H, h = q_BTHh.shape
-    K, wide = k_BTKh.shape[2], _wide(q_BTHh)
-    q_BKGTh = _rows(_scaled(q_BTHh), K)
+    K, wide = k_BTKh.shape[2], wide_dtype(q_BTHh)
+    q_BKGTh = _rows(scaled(q_BTHh), K)
     k_BKTh, v_BKTh = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
     mixed, log_totals = [], []
     for a, b in _chunks(T):
@@ -193,8 +199,8 @@ def _chunked_forward(q_BTHh, k_BTKh, v_BTKh, segments_BT):
 def _chunked_backward(saved, dmixed_BTHh):
     q_BTHh, k_BTKh, v_BTKh, segments_BT, mixed_BTHh, log_total_BKGT1 = saved
     B, T, H, h = q_BTHh.shape
-    K, wide, dtype = k_BTKh.shape[2], _wide(q_BTHh), q_BTHh.dtype
-    q_BKGTh, dmixed_BKGTh = _rows(_scaled(q_BTHh), K), _rows(dmixed_BTHh, K)
+    K, wide, dtype = k_BTKh.shape[2], wide_dtype(q_BTHh), q_BTHh.dtype
+    q_BKGTh, dmixed_BKGTh = _rows(scaled(q_BTHh), K), _rows(dmixed_BTHh, K)
     k_BKTh, v_BKTh = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
     dot_BKGT1 = _rows(jnp.sum(dmixed_BTHh.astype(wide) * mixed_BTHh.astype(wide), axis=-1, keepdims=True), K)
     dq, dk_BKhT, dv_BKhT = [], jnp.zeros((B, K, h, T), wide), jnp.zeros((B, K, h, T), wide)
@@ -224,14 +230,14 @@ def _chunked_backward(saved, dmixed_BTHh):
 attend_chunked.defvjp(_chunked_forward, _chunked_backward)
 
 
-def _scaled(q_BTHh):
-    return (q_BTHh.astype(_wide(q_BTHh)) / math.sqrt(q_BTHh.shape[-1])).astype(q_BTHh.dtype)
+def scaled(q_BTHh):
+    return (q_BTHh.astype(wide_dtype(q_BTHh)) / math.sqrt(q_BTHh.shape[-1])).astype(q_BTHh.dtype)
 
 
 def _over_queries(x_BKRh, weights_BKRs):
     """[B, K, h, s]: the small side is turned, not the large one. Measured on CPU: 40 % of the time of the other way."""
     x_BKhR = jax.lax.optimization_barrier(x_BKRh.transpose(0, 1, 3, 2))
-    return jnp.einsum("bkhr,bkrs->bkhs", x_BKhR, weights_BKRs, preferred_element_type=_wide(x_BKRh))
+    return jnp.einsum("bkhr,bkrs->bkhs", x_BKhR, weights_BKRs, preferred_element_type=wide_dtype(x_BKRh))
 
 
 # -------------------------------------------------------------------------------------------------------------- splash
@@ -241,18 +247,36 @@ def attend_splash(q_BTHh, k_BTKh, v_BTKh, segments_BT, interpret: bool = False):
     """JAX's splash attention kernel for TPU, one call for each row and key head. `interpret` runs it anywhere, slowly."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    B, T, H, h = q_BTHh.shape
-    K = k_BTKh.shape[2]
-    block = next(size for size in (512, 256, 128) if T % size == 0)
+    T, group = q_BTHh.shape[1], q_BTHh.shape[2] // k_BTKh.shape[2]
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * group)
+    sizes = splash_sizes(splash_block(T))
+    kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=sizes, interpret=interpret)
+    return with_splash(kernel, q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
+
+
+def splash_block(length: int) -> int:
+    """Queries, and keys, of a block: the most that divide `length`, a multiple of 128."""
+    return next(size for size in (512, 256, 128) if length % size == 0)
+
+
+def splash_sizes(block: int):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     names = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     sizes: Any = {f"block_{name}": block for name in names}
-    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * (H // K))
-    kernel = splash.make_splash_mqa_single_device(mask=mask, block_sizes=splash.BlockSizes(**sizes), interpret=interpret)
+    return splash.BlockSizes(**sizes)
 
-    def row(q_KGTh, k_KTh, v_KTh, segments_T):
-        own = splash.SegmentIds(q=segments_T, kv=segments_T)
-        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=own))(q_KGTh, k_KTh, v_KTh)
 
-    keys = (k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3))
-    mixed_BKGTh = jax.vmap(row)(_rows(_scaled(q_BTHh), K), *keys, segments_BT)
+def with_splash(kernel, q_BTHh, k_BSKh, v_BSKh, q_segments_BT, k_segments_BS):
+    """[B, T, H, h] of a kernel that takes the query heads [G, T, h] of one row and one key head at a time."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    B, T, H, h = q_BTHh.shape
+
+    def row(q_KGTh, k_KSh, v_KSh, q_segments_T, k_segments_S):
+        segments = splash.SegmentIds(q=q_segments_T, kv=k_segments_S)
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q_KGTh, k_KSh, v_KSh)
+
+    keys = (k_BSKh.transpose(0, 2, 1, 3), v_BSKh.transpose(0, 2, 1, 3))
+    mixed_BKGTh = jax.vmap(row)(_rows(scaled(q_BTHh), k_BSKh.shape[2]), *keys, q_segments_BT, k_segments_BS)
     return mixed_BKGTh.transpose(0, 3, 1, 2, 4).reshape(B, T, H, h).astype(q_BTHh.dtype)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 
-def _take(x_BND, index_BM):
+def pick_rows(x_BND, index_BM):
+    """y[b, m] = x[b, index[b, m]], and zero where the index is -1: `take_rows` without its gradient."""
     taken = jnp.take_along_axis(x_BND, jnp.maximum(index_BM, 0)[:, :, None], axis=1)
     return jnp.where(index_BM[:, :, None] >= 0, taken, 0)
 
@@ -19,16 +20,16 @@ def take_rows(x_BND, index_BM, back_BNk):
     `back` is the inverse: the up to k places m that item n went to, -1 where there are fewer. With it the backward pass is
     a gather as well; a scatter of floats would be slow on every device, and its order of addition undefined on some.
     """
-    return _take(x_BND, index_BM)
+    return pick_rows(x_BND, index_BM)
 
 
 def _forward(x_BND, index_BM, back_BNk):
-    return _take(x_BND, index_BM), back_BNk
+    return pick_rows(x_BND, index_BM), back_BNk
 
 
 def _backward(back_BNk, dy_BMD):
     B, N, k = back_BNk.shape
-    dx_BND = _take(dy_BMD, back_BNk.reshape(B, N * k)).reshape(B, N, k, -1).sum(axis=2)
+    dx_BND = pick_rows(dy_BMD, back_BNk.reshape(B, N * k)).reshape(B, N, k, -1).sum(axis=2)
     return dx_BND, None, None
 
 
