@@ -56,10 +56,8 @@ class Row(NamedTuple):
         if self.n == 1:
             return x_BT
         x_BT, rank = self.padded(x_BT, fill), jax.lax.axis_index(AXIS)
-        chunks = (
-            jax.lax.dynamic_slice_in_dim(x_BT, index * self.chunk, self.chunk, axis=1) for index in (rank, 2 * self.n - 1 - rank)
-        )
-        return jnp.concatenate(tuple(chunks), axis=1)
+        first = (rank * self.chunk, (2 * self.n - 1 - rank) * self.chunk)
+        return jnp.concatenate([jax.lax.dynamic_slice_in_dim(x_BT, t, self.chunk, axis=1) for t in first], axis=1)
 
     def whole(self, x_Bt):
         """The whole row [B, tokens, ...], in order, of the devices' parts [B, share, ...]."""
@@ -102,12 +100,12 @@ def _ring_take(x_BND, address_BM, back_BNk, n):
 
 
 def _ring_forward(x_BND, address_BM, back_BNk, n):
-    N, M = x_BND.shape[1], address_BM.shape[1]
-    reach = jnp.maximum(_reach(address_BM, N, n), _reach(back_BNk, M, n))
+    ahead_BM = _ahead(address_BM, x_BND.shape[1], n)
+    reach = jnp.max(jnp.where(address_BM < 0, 0, jnp.minimum(ahead_BM, n - ahead_BM)), initial=0)  # by the shorter way round
     # Over every axis: on CPU a permute waits for the devices of the whole mesh, not only for those of its ring, and all must
     # come to it equally often.
     rounds = jax.lax.pmax(reach, tuple(jax.sharding.get_abstract_mesh().manual_axes))
-    return _travel(x_BND, address_BM, rounds, n), (back_BNk, rounds)
+    return _travel(x_BND, address_BM, rounds, n), (back_BNk, rounds)  # what comes back has as far to go
 
 
 def _ring_backward(n, saved, dy_BMD):
@@ -123,12 +121,6 @@ _ring_take.defvjp(_ring_forward, _ring_backward)
 def _ahead(address, size: int, n: int):
     """How many devices further along the ring it lies."""
     return (address // size - jax.lax.axis_index(AXIS)) % n
-
-
-def _reach(address, size: int, n: int):
-    """Devices between here and the farthest, by the shorter way round."""
-    ahead = _ahead(address, size, n)
-    return jnp.max(jnp.where(address < 0, 0, jnp.minimum(ahead, n - ahead)), initial=0)
 
 
 def _travel(x_BND, address_BM, rounds, n: int):
@@ -359,8 +351,8 @@ def attend_context_splash(q_BtHh, k_BtKh, v_BtKh, segments_BT, row: Row, interpr
         mask_function=_at_or_before,
         interpret=interpret,
     )
-    keys = (_gathered(x_BtKh, row) for x_BtKh in (k_BtKh, v_BtKh))
-    return with_splash(kernel, q_BtHh, *keys, row.own(segments_BT, NOWHERE), segments_BT)
+    k_BTKh, v_BTKh = _gathered(k_BtKh, row), _gathered(v_BtKh, row)
+    return with_splash(kernel, q_BtHh, k_BTKh, v_BTKh, row.own(segments_BT, NOWHERE), segments_BT)
 
 
 def _at_or_before(query, key):
@@ -372,7 +364,7 @@ def _splash_masks(row: Row, block: int):
 
     `block_mask` is 0 where a block is not visible at all, `data_next` the block to fetch at each step: the next one that is
     visible, so that nothing is fetched for the others. Within a block it compares `q_sequence`, the queries' places in the row,
-    with those of the keys. JAX makes the same from a `Mask`, but one for all devices, and by loops over the whole mask in numpy.
+    with those of the keys. JAX makes the same of a `Mask`, but for one device, and looks at each of its elements in numpy.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
