@@ -343,6 +343,13 @@ def test_splash_is_told_which_blocks_are_visible_and_fetches_no_other():
                 assert next_queries[rank, u, v] == (later[0] if later else 3)
 
 
+def test_splash_takes_larger_blocks_of_rows_so_long_that_its_tables_would_be_large():
+    bfloat16, float32 = jnp.dtype("bfloat16"), jnp.dtype("float32")
+    assert context._splash_block(Row(131_072, 16), bfloat16) == 512
+    assert context._splash_block(Row(1_048_576, 16), bfloat16) == 1024
+    assert context._splash_block(Row(1_048_576, 16), float32) == 512
+
+
 def test_splash_over_devices_lowers_for_tpu_forward_and_backward():
     row, mesh = Row(1024, 2), _mesh(2)
     shapes = [jax.ShapeDtypeStruct((1, 1024, heads, 64), jnp.bfloat16) for heads in (4, 2, 2, 4)]
