@@ -42,13 +42,13 @@ def forms(config: Config, platform: str) -> list[tuple[str, str, str]]:
     Raises ConfigError when one that is asked for cannot honour the request.
     """
     model = config.model
-    dtype, length = config.train.compute_dtype, config.data.sequence_length
-    attention, why = choose_attention(model.attention_form, platform, dtype, length)
+    dtype, length, context = config.train.compute_dtype, config.data.sequence_length, max(config.mesh.context, 1)
+    attention, why = choose_attention(model.attention_form, platform, dtype, length, context)
     chosen = [("attention", attention, why)]
     if model.mod.scope == "block" and any(kind.endswith("mod") for kind in layer_kinds(model)):
         stages = {depth_capacity_at(model.mod, step) for step in (*range(model.mod.anneal_steps), model.mod.anneal_steps)}
         for selected in sorted({capacity(length, share) for share in stages} - {length}):
-            form, why = choose_attention(model.attention_form, platform, dtype, selected)
+            form, why = choose_attention(model.attention_form, platform, dtype, selected, context)
             if form != attention:
                 chosen.append((f"among the {selected} tokens that take a block", form, why))
     if any(kind.startswith("moe") for kind in layer_kinds(model)):

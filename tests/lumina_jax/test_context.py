@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
+from lumina.config import load, override
 from lumina.errors import ConfigError
 from lumina.mesh import AXES
 from lumina_jax import context
 from lumina_jax.attend import attend_chunk, choose_attention
 from lumina_jax.context import Row, attend_context, attend_context_splash, ring_take
+from lumina_jax.device import forms
 from tests.lumina_jax.oracles import assert_close, equations
 
 
@@ -376,3 +378,13 @@ def test_a_form_that_needs_whole_rows_is_refused():
         choose_attention("reference", "cpu", "float32", 512, context=2)
     with pytest.raises(ConfigError, match="runs on tpu, not on cpu"):
         attend_context(*_example(8)[:4], Row(8, 2), "splash")
+
+
+def test_a_run_is_told_the_form_that_its_split_rows_take():
+    flags = ["--config.data.sequence_length=1024", "--config.train.compute_dtype=bfloat16", "--config.mesh.data=1"]
+    config = override(load("debug"), flags)
+    assert forms(config, "tpu")[0][1] == "splash"
+    split = override(config, ["--config.mesh.context=8"])
+    what, form, why = forms(split, "tpu")[0]
+    assert (what, form) == ("attention", "chunked")
+    assert "multiple of 2048, not 1024" in why
