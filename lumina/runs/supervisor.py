@@ -136,7 +136,7 @@ def _run(command: list[str], cause: str | None, signals: "_Signals") -> subproce
     try:
         # A session of its own: Ctrl-C reaches it through the supervisor alone, so once. A trainer takes a second for: at once.
         child = subprocess.Popen(  # noqa: S603, to run what the user asks for is the purpose
-            command, env=environment, start_new_session=True, preexec_fn=_stop_without_supervisor if _LIBC else None
+            command, env=environment, start_new_session=True, preexec_fn=stop_without_parent if _LIBC else None
         )
     except OSError as error:
         raise errors.UsageError(
@@ -148,7 +148,7 @@ def _run(command: list[str], cause: str | None, signals: "_Signals") -> subproce
     return child
 
 
-def _stop_without_supervisor() -> None:
+def stop_without_parent() -> None:
     """In the child, before it becomes the command: let Linux send it SIGTERM when the supervisor is killed.
 
     Python code between fork and exec is safe here, since the supervisor has a single thread.

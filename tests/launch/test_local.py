@@ -1,0 +1,80 @@
+"""launch/local.sh for real: two processes of the trainer on this machine, under the supervisor."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lumina.config import save
+from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import read_json_lines
+from lumina.runs.steps import Steps
+from tests.launch.scripts import ROOT
+from tests.lumina_jax.test_mesh import settings
+
+
+@pytest.fixture
+def supervised(tmp_path):
+    """(`lumina run`, one restart allowed, of launch/local.sh; its run; the file of what they say)."""
+    save(settings(100_000), tmp_path / "config.json")
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "PYTHONPATH": str(ROOT),
+        "CONFIG": str(tmp_path / "config.json"),
+        "WORKDIR": str(tmp_path / "run"),
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    command = [sys.executable, "-m", "lumina.cli", "run", "--max-restarts", "1", "--", "launch/local.sh"]
+    with (tmp_path / "said.txt").open("w") as said:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+    yield process, RunDirectory(tmp_path / "run"), tmp_path / "said.txt"
+    process.terminate()
+    process.wait(timeout=60)
+
+
+def children(pid):
+    """The processes that this one has started, in their order."""
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True)  # noqa: S607
+    return [int(line.split()[0]) for line in listed.stdout.splitlines() if int(line.split()[1]) == pid]
+
+
+def until(condition, process, said):
+    """Wait until it is so, while the process lives."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, said.read_text()
+        assert time.monotonic() < end, said.read_text()
+        time.sleep(0.1)
+
+
+def events(run, name):
+    return [record for record in read_json_lines(run.events) if record["event"] == name]
+
+
+def test_one_killed_ends_the_other_both_start_again_and_sigterm_to_the_script_saves(supervised):
+    process, run, said = supervised
+    steps = Steps(run.checkpoints)
+    until(steps.all, process, said)
+    (script,) = children(process.pid)
+    first, second = children(script)
+    os.kill(second, signal.SIGKILL)
+
+    until(lambda: len(events(run, "started")) == 2, process, said)
+    reached = steps.all()[-1]
+    until(lambda: steps.all()[-1] > reached, process, said)
+    (script,) = children(process.pid)
+    os.kill(script, signal.SIGTERM)
+    assert process.wait(timeout=60) == 75, said.read_text()
+
+    assert not {script, first, second} & set(children(1))  # gone, not orphaned
+    (_, restart), (stopped,) = events(run, "started"), events(run, "stopped")
+    assert restart["restarted_because"].startswith("crashed with exit code 137")
+    assert "cpu (cpu) in 2 processes" in said.read_text()
+    assert "process 1: killed by SIGKILL" in said.read_text()
+    assert steps.all()[-1] == stopped["step"]
+    assert steps.verify(stopped["step"]) == []
+    ledger = [record["step"] for record in read_json_lines(run.ledger) if "rows" in record]
+    assert ledger == list(range(1, stopped["step"] + 1))

@@ -1,0 +1,139 @@
+"""Several processes as one, shown with commands that do not take long."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lumina.errors import UsageError
+from lumina.runs import processes
+from lumina.runs.processes import together
+
+NUMBER = "import os, signal, sys, time; number = int(os.environ['JAX_PROCESS_ID'])\n"
+DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+SAVES = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(75)))\n"
+
+
+def python(text):
+    return [sys.executable, "-S", "-c", NUMBER + text]
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("", 0),
+        ("sys.exit(75)", 75),
+        ("sys.exit(75 * (number == 1))", 75),
+        ("number or time.sleep(0.3); sys.exit(93 if number else 1)", 93),
+        ("number or time.sleep(0.3); sys.exit(3 if number else 75)", 3),
+        ("number and time.sleep(0.3); sys.exit(3 if number else 75)", 3),
+        ("number == 2 and sys.exit(5); time.sleep(60)", 5),
+        ("number == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", 137),
+        (SAVES + "number == 1 and (time.sleep(0.3), sys.exit(4)); time.sleep(60)", 4),
+    ],
+    ids=["done", "saved", "one_saved", "first", "after_75", "before_75", "refused", "killed", "others_save"],
+)
+def test_the_first_that_ends_badly_ends_the_others_and_gives_its_code(text, code):
+    began = time.monotonic()
+    assert together(python(text), 3) == code
+    assert time.monotonic() - began < 30
+
+
+def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd):
+    assert together(python(DEAF + "number and (time.sleep(0.5), sys.exit(9)); time.sleep(60)"), 2, grace=0.2) == 9
+    told = capfd.readouterr().err.splitlines()
+    assert told[0].startswith("lumina processes: process 1: crashed with exit code 9 after ")
+    assert told[1:] == ["lumina processes: the others have not ended in 0.2 s: killed"]
+
+
+def test_each_is_told_of_the_others(capfd, monkeypatch):
+    names = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_PLATFORMS", "JAX_CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    show = python(f"print(*(os.environ.get(name) for name in {names}))")
+    assert together(show, 2, "cpu", 12345) == together(show, 2, "gpu", 12345) == 0
+    assert sorted(capfd.readouterr().out.splitlines()) == [
+        "[0] 2 0 None 0 127.0.0.1:12345",
+        "[0] 2 0 cpu None 127.0.0.1:12345",
+        "[1] 2 1 None 1 127.0.0.1:12345",
+        "[1] 2 1 cpu None 127.0.0.1:12345",
+    ]
+    assert together(python("print(os.environ['JAX_COORDINATOR_ADDRESS'])"), 2) == 0
+    first, second = (line.split()[1] for line in capfd.readouterr().out.splitlines())
+    assert first == second
+    assert first != "127.0.0.1:0"
+
+
+def test_lines_begin_with_the_number_and_streams_stay_apart(capfd):
+    assert together(python("print('a\\nb'); sys.stderr.write('c')"), 2) == 0
+    out, err = capfd.readouterr()
+    assert sorted(out.splitlines()) == ["[0] a", "[0] b", "[1] a", "[1] b"]
+    assert sorted(err.splitlines()) == ["[0] c", "[1] c"]
+
+
+def test_logs_are_a_file_each_and_are_added_to(tmp_path, capfd):
+    for _ in range(2):
+        assert together(python("print(number); sys.stderr.write('e\\n')"), 2, logs=tmp_path) == 0
+    assert {path.name: sorted(path.read_text().split()) for path in tmp_path.iterdir()} == {
+        "process-0.log": ["0", "0", "e", "e"],
+        "process-1.log": ["1", "1", "e", "e"],
+    }
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_cannot_be_run_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"^no-such-program: no such file or directory; "):
+        together(["no-such-program"], 2)
+    with pytest.raises(UsageError, match=r"/none/process-0\.log: no such file"):
+        together(python(""), 2, logs=tmp_path / "none")
+
+
+@pytest.mark.parametrize("given", [["--count", "0"], ["--count", "2", "--port", "65536"]])
+def test_numbers_that_cannot_be_are_refused(given, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["processes", *given, "--", "true"])
+    with pytest.raises(UsageError, match=" ".join(given)):
+        processes.main()
+
+
+@pytest.mark.parametrize(
+    ("signals", "code"),
+    [
+        ([signal.SIGTERM], 75),
+        ([signal.SIGINT], 75),  # a second SIGINT, or one passed on as such, would end them with 130
+        ([signal.SIGHUP], 75),
+        ([signal.SIGUSR1], 75),
+        ([signal.SIGTERM, signal.SIGTERM], 75),
+        ([signal.SIGTERM, signal.SIGINT], 130),
+    ],
+    ids=lambda value: "-".join(s.name for s in value) if isinstance(value, list) else None,
+)
+def test_a_signal_reaches_all_once_ready(signals, code):
+    text = (
+        "signal.signal(signal.SIGINT, lambda *_: os._exit(130))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-m", "lumina.runs.processes", "--count", "2", "--", *python(text)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        for _ in range(2):
+            assert launcher.stdout.readline()[3:] == " ready\n"
+        for number in signals:
+            launcher.send_signal(number)
+            time.sleep(0.1)
+        assert launcher.wait(timeout=30) == code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a parent's death")
+def test_none_is_left_when_the_launcher_is_killed(tmp_path):
+    text = "print(os.getpid(), flush=True); time.sleep(60)"
+    command = [sys.executable, "-m", "lumina.runs.processes", "--count", "2", "--", *python(text)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
+        pids = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
+        launcher.kill()
+    for pid in pids:
+        until = time.monotonic() + 10
+        while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not os.path.exists(f"/proc/{pid}")
