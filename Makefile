@@ -30,10 +30,11 @@ test: $(VENV)/.dev ## run the tests; ARGS=tests/lumina runs some of them
 parity: $(VENV)/.dev ## hold JAX and PyTorch against each other, and write docs/parity.md
 	$(BIN) -m parity_tests.lanes $(ARGS)
 
-check: $(VENV)/.dev ## lint (with security rules), formatting, types
+check: $(VENV)/.dev ## lint (with security rules), formatting, types, shell scripts
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
 	$(BIN) -m mypy
+	$(VENV)/bin/shellcheck launch/*.sh
 
 mutants: $(VENV)/.dev ## plant known mistakes and see the tests catch each; ARGS='tied head' plants some
 	$(BIN) tests/mutants.py $(if $(ARGS),'$(ARGS)')

@@ -9,7 +9,7 @@ refuse() {
 
 # number NAME VALUE LEAST [MOST]
 number() {
-    must="a number of at least $3${4:+ and at most $4}"
+    must="a number of at least $3${4:+, at most $4}"
     case $2 in
         '' | *[!0-9]* | 0?* | ??????????*) refuse "$1" "$2" "$must" ;;
     esac
@@ -24,6 +24,13 @@ choice() {
         [ "$each" != "$value" ] || return 0
     done
     refuse "$name" "$value" "one of: $*"
+}
+
+# word NAME VALUE: what needs no quotes, in no file format.
+word() {
+    case $2 in
+        '' | -* | *[!A-Za-z0-9._:/@-]*) refuse "$1" "$2" 'of letters, digits and . _ : / @ -' ;;
+    esac
 }
 
 # quoted WORD...: one line that a shell reads as these words again.

@@ -11,14 +11,19 @@ WORKDIR=${WORKDIR:-runs/debug-torch}
 STAGE=${STAGE:-auto}                     # of ZeRO: auto, 0, 1, 2 or 3
 DEEPSPEED=${DEEPSPEED:-.venv/bin/deepspeed}
 
+here=$(dirname -- "$0")
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
+number PROCESSES "$PROCESSES" 1
+number PORT "$PORT" 1 65535
+choice STAGE "$STAGE" auto 0 1 2 3
+if [ -n "$HOSTFILE" ] && [ ! -r "$HOSTFILE" ]; then # DeepSpeed would train on this machine alone
+    refuse HOSTFILE "$HOSTFILE" 'a file that can be read'
+fi
+
 set -- --master_port "$PORT" --module --no_local_rank \
     lumina_torch.train --config "$CONFIG" --workdir "$WORKDIR" --config.torch.deepspeed.zero_stage="$STAGE" "$@"
 if [ -n "$HOSTFILE" ]; then
     set -- --hostfile "$HOSTFILE" "$@"
 fi
-set -- "$DEEPSPEED" --num_gpus "$PROCESSES" "$@"
-if [ -n "${DRY_RUN:-}" ]; then
-    echo "$@"
-else
-    exec "$@"
-fi
+run "$DEEPSPEED" --num_gpus "$PROCESSES" "$@"

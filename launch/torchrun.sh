@@ -13,11 +13,15 @@ WORKDIR=${WORKDIR:-runs/debug-torch}
 STAGE=${STAGE:-auto}                     # of ZeRO: auto, 0, 1, 2 or 3
 PYTHON=${PYTHON:-.venv/bin/python}
 
-set -- "$PYTHON" -m torch.distributed.run --nproc-per-node "$PROCESSES" --nnodes "$NODES" --node-rank "$NODE" \
+here=$(dirname -- "$0")
+# shellcheck source=launch/common.sh
+. "$here/common.sh"
+number PROCESSES "$PROCESSES" 1
+number NODES "$NODES" 1
+number NODE "$NODE" 0 $((NODES - 1))
+number PORT "$PORT" 1 65535
+choice STAGE "$STAGE" auto 0 1 2 3
+
+run "$PYTHON" -m torch.distributed.run --nproc-per-node "$PROCESSES" --nnodes "$NODES" --node-rank "$NODE" \
     --master-addr "$ADDRESS" --master-port "$PORT" \
     -m lumina_torch.train --config "$CONFIG" --workdir "$WORKDIR" --config.torch.deepspeed.zero_stage="$STAGE" "$@"
-if [ -n "${DRY_RUN:-}" ]; then
-    echo "$@"
-else
-    exec "$@"
-fi

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("lumina", "lumina_jax", "lumina_torch", "configs", "tests", "parity_tests", "conftest.py", "pyproject.toml")
+PARTS = ("lumina", "lumina_jax", "lumina_torch", "configs", "launch", "tests", "parity_tests", "conftest.py", "pyproject.toml")
 
 
 class Mutant(NamedTuple):

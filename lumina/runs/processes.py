@@ -57,7 +57,7 @@ def together(
 
 def _place(number: int, count: int, platform: str, address: str) -> dict[str, str]:
     """The environment of process `number`: on `cpu` it has the processor's devices, on `gpu` the GPU of its number."""
-    device = {"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {"JAX_CUDA_VISIBLE_DEVICES": str(number)}
+    device = {"JAX_PLATFORMS": "cpu"} if platform == "cpu" else {"JAX_LOCAL_DEVICE_IDS": str(number)}
     joins = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(number)}
     return {**os.environ, **device, **joins}
 

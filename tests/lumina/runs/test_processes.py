@@ -50,7 +50,7 @@ def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd):
 
 
 def test_each_is_told_of_the_others(capfd, monkeypatch):
-    names = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_PLATFORMS", "JAX_CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"
+    names = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "JAX_PLATFORMS", "JAX_LOCAL_DEVICE_IDS", "JAX_COORDINATOR_ADDRESS"
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     show = python(f"print(*(os.environ.get(name) for name in {names}))")
     assert together(show, 2, "cpu", 12345) == together(show, 2, "gpu", 12345) == 0
