@@ -65,7 +65,8 @@ COMMANDS = [
         "deepspeed.sh",
         {"HOSTFILE": "pyproject.toml"},
         ["a b"],
-        f".venv/bin/deepspeed --num_gpus 2 --hostfile pyproject.toml --master_port 29500 --module --no_local_rank {TORCH}auto 'a b'",
+        ".venv/bin/deepspeed --num_gpus 2 --hostfile pyproject.toml --master_port 29500 --module --no_local_rank "
+        f"{TORCH}auto 'a b'",
     ),
     (
         "slurm.sh",
