@@ -1,6 +1,7 @@
 """What each launch script would run, from its dry run; and what it refuses."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -137,6 +138,35 @@ def test_the_trainer_takes_what_a_script_gives_it(script):
     words = shlex.split(dry(script, "--config.train.steps=300"))
     config, workdir, _ = parse("lumina_jax.train", words[words.index("lumina_jax.train") + 1 :])
     assert (config.train.steps, str(workdir)) == (300, "runs/debug")
+
+
+def commands_of(page):
+    """(variables, script, words) of each command of a page that starts a script of launch/ that runs a trainer here."""
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    for line in "".join(blocks).replace("\\\n", " ").splitlines():
+        words = shlex.split(line.split("&&")[-1], comments=True)
+        for at, word in enumerate(words):
+            if word.startswith("launch/"):
+                yield dict(w.split("=", 1) for w in words[:at] if re.match("[A-Z_]+=", w)), word[7:], words[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("variables", "script", "words"), [each for page in ("scale.md", "deepspeed.md") for each in commands_of(page)]
+)
+def test_a_command_of_the_docs_is_one_that_trainers_take(variables, script, words):
+    variables = {
+        name: "pyproject.toml" if name == "HOSTFILE" else value for name, value in variables.items() if name != "DRY_RUN"
+    }
+    printed = dry(script, *words, **variables)
+    if script == "tpu_pod.sh":
+        return  # what it is given goes on to launch/tpu_host.sh, over there
+    if script == "kubernetes.sh":
+        job = yaml.safe_load(printed)["spec"]["replicatedJobs"][0]["template"]["spec"]
+        given = job["template"]["spec"]["containers"][0]["args"]
+    else:
+        given = shlex.split(printed)
+    program = next(word for word in given if re.fullmatch("lumina_(jax|torch).train", word))
+    parse(program, given[given.index(program) + 1 :])
 
 
 @pytest.mark.parametrize(
