@@ -40,8 +40,11 @@ quoted() {
         case $word in
             '' | *[!A-Za-z0-9_./:=,@%+-]*)
                 printf "%s'" "$before"
-                printf '%s' "$word" | sed "s/'/'\\\\''/g"
-                printf "'"
+                while [ "$word" != "${word#*\'}" ]; do
+                    printf "%s'\\''" "${word%%\'*}"
+                    word=${word#*\'}
+                done
+                printf "%s'" "$word"
                 ;;
             *) printf '%s%s' "$before" "$word" ;;
         esac

@@ -4,7 +4,7 @@ set -eu
 
 CONFIG=${CONFIG:-configs/debug.py}
 WORKDIR=${WORKDIR:-runs/debug}           # which all hosts see
-PORT=${PORT:-8476}                       # free on the first host
+PORT=${PORT:-8482}                       # free on the first host
 PYTHON=${PYTHON:-.venv/bin/python}
 METADATA=${METADATA:-http://metadata.google.internal/computeMetadata/v1/instance/attributes}
 

@@ -12,7 +12,7 @@ DIRECTORY=${DIRECTORY:-lumina}           # the checkout on each host, below the 
 SOURCE=${SOURCE:-URL}                    # what they clone it from; for the printed commands alone
 CONFIG=${CONFIG:-configs/debug.py}
 WORKDIR=${WORKDIR:-runs/debug}           # which all hosts see
-PORT=${PORT:-8476}                       # free on the first host
+PORT=${PORT:-8482}                       # free on the first host
 
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh

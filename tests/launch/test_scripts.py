@@ -111,7 +111,7 @@ COMMANDS = [
         f"# {SSH} mine --zone us-east1-d --worker=all --command 'git clone URL '\\''my lumina'\\'' && "
         "cd '\\''my lumina'\\'' && make setup && .venv/bin/python -m pip install -c requirements.lock -e '\\''.[tpu]'\\'''\n"
         f"{SSH} mine --zone us-east1-d --worker=all --command 'cd '\\''my lumina'\\'' && exec env CONFIG=configs/debug.py "
-        "WORKDIR=runs/debug PORT=8476 launch/tpu_host.sh '\\''it'\\''\\'\\'''\\''s'\\'''",
+        "WORKDIR=runs/debug PORT=8482 launch/tpu_host.sh '\\''it'\\''\\'\\'''\\''s'\\'''",
     ),
 ]
 
@@ -284,11 +284,11 @@ def test_outside_a_job_there_is_nothing_to_run():
 @pytest.mark.parametrize(
     ("hosts", "number", "told"),
     [
-        ("a:b:10.0.0.1", "0", "JAX_COORDINATOR_ADDRESS=10.0.0.1:8476 JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0"),
+        ("a:b:10.0.0.1", "0", "JAX_COORDINATOR_ADDRESS=10.0.0.1:8482 JAX_NUM_PROCESSES=1 JAX_PROCESS_ID=0"),
         (
             "a:b:10.0.0.9,c:d:10.0.0.2,e:f:10.0.0.3",
             "2",
-            "JAX_COORDINATOR_ADDRESS=10.0.0.9:8476 JAX_NUM_PROCESSES=3 JAX_PROCESS_ID=2",
+            "JAX_COORDINATOR_ADDRESS=10.0.0.9:8482 JAX_NUM_PROCESSES=3 JAX_PROCESS_ID=2",
         ),
     ],
 )
@@ -348,7 +348,7 @@ def test_a_manifest_has_what_was_asked_for_tpu_slices():
     told = {each["name"]: each.get("value") for each in trainer["env"]}
     assert told == {
         "JOB_INDEX": None,
-        "JAX_COORDINATOR_ADDRESS": "big-host-0-0.big:8476",
+        "JAX_COORDINATOR_ADDRESS": "big-host-0-0.big:8482",
         "JAX_NUM_PROCESSES": "32",
         "LIBTPU_INIT_ARGS": f"{TPU} --mine=1",
     }

@@ -42,6 +42,12 @@ def test_the_first_that_ends_badly_ends_the_others_and_gives_its_code(text, code
     assert time.monotonic() - began < 30
 
 
+def test_the_others_are_asked_to_end(capfd):
+    asked = "signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit(75)))\n"
+    assert together(python(asked + "number and (time.sleep(0.5), sys.exit(4)); time.sleep(60)"), 2, grace=5) == 4
+    assert capfd.readouterr().out == "[0] asked\n"
+
+
 def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd):
     assert together(python(DEAF + "number and (time.sleep(0.5), sys.exit(9)); time.sleep(60)"), 2, grace=0.2) == 9
     told = capfd.readouterr().err.splitlines()
