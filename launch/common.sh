@@ -35,14 +35,14 @@ word() {
 
 # quoted WORD...: one line that a shell reads as these words again.
 quoted() {
-    before=
+    before= quote="'"
     for word; do
         case $word in
             '' | *[!A-Za-z0-9_./:=,@%+-]*)
                 printf "%s'" "$before"
-                while [ "$word" != "${word#*\'}" ]; do
-                    printf "%s'\\''" "${word%%\'*}"
-                    word=${word#*\'}
+                while [ "$word" != "${word#*"$quote"}" ]; do
+                    printf "%s'\\''" "${word%%"$quote"*}"
+                    word=${word#*"$quote"}
                 done
                 printf "%s'" "$word"
                 ;;
