@@ -41,7 +41,7 @@ quoted() {
             '' | *[!A-Za-z0-9_./:=,@%+-]*)
                 printf "%s'" "$before"
                 while [ "$word" != "${word#*"$quote"}" ]; do
-                    printf "%s'\\''" "${word%%"$quote"*}"
+                    printf '%s%s' "${word%%"$quote"*}" "'\\''"
                     word=${word#*"$quote"}
                 done
                 printf "%s'" "$word"

@@ -26,5 +26,5 @@ set -- -- "$PYTHON" -m lumina_jax.train --config "$CONFIG" --workdir "$WORKDIR" 
 if [ -n "$LOGS" ]; then
     set -- --logs "$LOGS" "$@"
 fi
-set -- "$PYTHON" -m lumina.runs.processes --count "$PROCESSES" --platform "$PLATFORM" --port "$PORT" "$@"
+set -- "$PYTHON" -m lumina.runs.local --count "$PROCESSES" --platform "$PLATFORM" --port "$PORT" "$@"
 run env "$FLAGS_NAME=$FLAGS_VALUE" "$@"

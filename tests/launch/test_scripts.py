@@ -37,7 +37,7 @@ COMMANDS = [
         "local.sh",
         {},
         [],
-        "env JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo .venv/bin/python -m lumina.runs.processes --count 2 --platform cpu "
+        "env JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo .venv/bin/python -m lumina.runs.local --count 2 --platform cpu "
         f"--port 0 -- {JAX}",
     ),
     (
@@ -52,7 +52,7 @@ COMMANDS = [
             "PYTHON": "python3",
         },
         ["--config.train.steps=3", "it's", "", "$(id)"],
-        f"env 'XLA_FLAGS={GPU}' python3 -m lumina.runs.processes --count 8 --platform gpu --port 1234 --logs 'my logs' -- "
+        f"env 'XLA_FLAGS={GPU}' python3 -m lumina.runs.local --count 8 --platform gpu --port 1234 --logs 'my logs' -- "
         "python3 -m lumina_jax.train --config b1 --workdir 'runs/b 1' --config.train.steps=3 'it'\\''s' '' '$(id)'",
     ),
     (

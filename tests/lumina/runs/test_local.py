@@ -9,8 +9,8 @@ import time
 import pytest
 
 from lumina.errors import UsageError
-from lumina.runs import processes
-from lumina.runs.processes import together
+from lumina.runs import local
+from lumina.runs.local import together
 
 NUMBER = "import os, signal, sys, time; number = int(os.environ['JAX_PROCESS_ID'])\n"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -51,8 +51,8 @@ def test_the_others_are_asked_to_end(capfd):
 def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd):
     assert together(python(DEAF + "number and (time.sleep(0.5), sys.exit(9)); time.sleep(60)"), 2, grace=0.2) == 9
     told = capfd.readouterr().err.splitlines()
-    assert told[0].startswith("lumina processes: process 1: crashed with exit code 9 after ")
-    assert told[1:] == ["lumina processes: the others have not ended in 0.2 s: killed"]
+    assert told[0].startswith("lumina local: process 1: crashed with exit code 9 after ")
+    assert told[1:] == ["lumina local: the others have not ended in 0.2 s: killed"]
 
 
 def test_each_is_told_of_the_others(capfd, monkeypatch):
@@ -98,9 +98,9 @@ def test_what_cannot_be_run_is_refused(tmp_path):
 
 @pytest.mark.parametrize("given", [["--count", "0"], ["--count", "2", "--port", "65536"]])
 def test_numbers_that_cannot_be_are_refused(given, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["processes", *given, "--", "true"])
+    monkeypatch.setattr(sys, "argv", ["local", *given, "--", "true"])
     with pytest.raises(UsageError, match=" ".join(given)):
-        processes.main()
+        local.main()
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_signal_reaches_all_once_ready(signals, code):
         "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
         "print('ready', flush=True); time.sleep(60)"
     )
-    command = [sys.executable, "-m", "lumina.runs.processes", "--count", "2", "--", *python(text)]
+    command = [sys.executable, "-m", "lumina.runs.local", "--count", "2", "--", *python(text)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         for _ in range(2):
             assert launcher.stdout.readline()[3:] == " ready\n"
@@ -134,7 +134,7 @@ def test_a_signal_reaches_all_once_ready(signals, code):
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a parent's death")
 def test_none_is_left_when_the_launcher_is_killed(tmp_path):
     text = "print(os.getpid(), flush=True); time.sleep(60)"
-    command = [sys.executable, "-m", "lumina.runs.processes", "--count", "2", "--", *python(text)]
+    command = [sys.executable, "-m", "lumina.runs.local", "--count", "2", "--", *python(text)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pids = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
         launcher.kill()

@@ -1,4 +1,4 @@
-"""Several processes of one command on this machine, as one: python -m lumina.runs.processes --count 2 -- COMMAND ARG...
+"""Several processes of one command on this machine, as one: python -m lumina.runs.local --count 2 -- COMMAND ARG...
 
 Each is told of the others by the variables that `lumina_jax` joins by. `launch/local.sh` is the short way to call it.
 """
@@ -166,12 +166,12 @@ def _free_port() -> int:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError), _WRITING:
-        print(f"lumina processes: {text}", file=sys.stderr, flush=True)
+        print(f"lumina local: {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    """Entry point of `python -m lumina.runs.processes`."""
-    parser = argparse.ArgumentParser(prog="python -m lumina.runs.processes", description=__doc__, allow_abbrev=False)
+    """Entry point of `python -m lumina.runs.local`."""
+    parser = argparse.ArgumentParser(prog="python -m lumina.runs.local", description=__doc__, allow_abbrev=False)
     parser.add_argument("--count", type=int, required=True, metavar="N", help="processes")
     parser.add_argument("--platform", choices=PLATFORMS, default="cpu", help="cpu, or gpu: one process a GPU (default: cpu)")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="where process 0 listens (default: any that is free)")
