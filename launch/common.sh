@@ -35,7 +35,7 @@ word() {
 
 # quoted WORD...: one line that a shell reads as these words again.
 quoted() {
-    before= quote="'"
+    quote="'" before=''
     for word; do
         case $word in
             '' | *[!A-Za-z0-9_./:=,@%+-]*)
