@@ -13,13 +13,16 @@ from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
 from tests.launch.scripts import ROOT
-from tests.lumina_jax.test_mesh import settings
+from tests.lumina_jax.tiny import tiny
 
 
 @pytest.fixture
 def supervised(tmp_path):
     """(`lumina run`, one restart allowed, of launch/local.sh; its run; the file of what they say)."""
-    save(settings(100_000), tmp_path / "config.json")
+    config = tiny("dense", model={"num_layers": 1}, steps=100_000, batch_size=4, eval_every=0, eval_rows=8)
+    config.data.source, config.checkpoint.every, config.monitor.log_every = "synthetic", 2, 1
+    config.monitor.sample_tokens, config.monitor.tensorboard = 2, False
+    save(config, tmp_path / "config.json")
     environment = os.environ | {
         "PYTHON": sys.executable,
         "PYTHONPATH": str(ROOT),
