@@ -3,7 +3,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=USR1@300
-# Train on a SLURM cluster, from the root of the project: sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh [more flags for the trainer]
+# Train on a SLURM cluster: sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh [more flags for the trainer]
 # Five minutes before the time limit all trainers get SIGUSR1: they save and exit with 75, and the job goes back into the queue to
 # go on, as it does after a crash. DRY_RUN=1 prints the command, in a job or outside one.
 set -eu
