@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lumina.architecture import Tensor, layer_kinds, layer_plan, tensor_table
@@ -55,10 +55,14 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh:
 
 
 def mesh_of(sizes: Sizes, devices: Any) -> Mesh:
-    """A mesh of these devices: on a TPU so that its axes follow the wires, else in their order."""
-    if devices[0].platform == "tpu":
-        from jax.experimental import mesh_utils
-
+    """A mesh of these devices: on TPUs so that its axes follow the wires, and `data` goes over several slices; else in order."""
+    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 0
+    if sizes.data % max(slices, 1):
+        raise ConfigError(f"mesh.data = {sizes.data}: must be a multiple of {slices}, the slices that a network joins")
+    if slices > 1:
+        within, over = (sizes.data // slices, *sizes[1:]), (slices, 1, 1, 1, 1)
+        arranged = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
+    elif slices:
         arranged = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     else:
         arranged = np.array(devices).reshape(tuple(sizes))
