@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lumina.architecture import LOGIT_CHUNK, block_tensors, capacity, expert_capacity, layer_kinds, outer_tensors, tensor_groups
 from lumina.config import Config
-from lumina.mesh import RULES, Sizes
+from lumina.mesh import GATHERED_OVER, Sizes
 from lumina.traffic import FLOAT32, compute_width, computed, gathered_over, plan, rows_at_once, stored, width
 
 LIVE = 2  # layers whose gathered weights exist at once: one is gathered while another is computed
@@ -66,7 +66,7 @@ def of_activations(config: Config, sizes: Sizes) -> float:
     segments = plan(config)
     found = {kind: _layer(config, sizes, kind) for segment in segments for kind in segment.kinds}
     layers = [found[kind] for segment in segments for kind in segment.kinds * segment.repeats]
-    if config.train.remat == "none" and sizes.along(RULES.embed) == 1:
+    if config.train.remat == "none" and sizes.along(GATHERED_OVER) == 1:
         return width(config) * sum(layer.all for layer in layers)
     if config.train.remat == "none":  # what was gathered is not kept, but for the layer that is worked on
         once = max(layer.gathered for layer in layers)
@@ -133,15 +133,15 @@ def of_temporaries(config: Config, sizes: Sizes) -> float:
 
 def layer_weights(config: Config, sizes: Sizes, kind: str) -> float:
     """Bytes of the weights of layers of this kind while they are computed with, and of a gradient before it is scattered."""
-    weights = gradients = 0
+    weights = gradient = 0
     for tensor in block_tensors(config.model, kind):
         numbers = computed(tensor, sizes)
         if sizes.along(gathered_over(tensor)) > 1:
             weights += numbers * compute_width(tensor, config)
-            gradients += numbers * FLOAT32
+            gradient = max(gradient, numbers * FLOAT32)
         elif len(tensor.shape) > 1 and compute_width(tensor, config) < FLOAT32:
             weights += numbers * compute_width(tensor, config)
-    return LIVE * weights + gradients
+    return LIVE * weights + gradient
 
 
 def outer_weights(config: Config, sizes: Sizes) -> float:

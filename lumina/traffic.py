@@ -22,7 +22,7 @@ from lumina.architecture import (
     tensor_groups,
 )
 from lumina.config import Config
-from lumina.mesh import AXES, GATHERED, RULES, Sizes
+from lumina.mesh import AXES, GATHERED, GATHERED_OVER, RULES, Sizes
 
 FLOAT32 = 4  # bytes
 TRANSPOSED = {  # what the backward pass does for what the forward pass did
@@ -205,7 +205,7 @@ def add_layer(account: Account, config: Config, kind: str, times: int, closes: b
     weights are gathered, and under a remat policy nothing is: it is sent again, but for what only the next layer needs.
     """
     sizes, model, passes = account.sizes, config.model, forward_passes(config)
-    remat, forgets = config.train.remat != "none", sizes.along(RULES.embed) > 1
+    remat, forgets = config.train.remat != "none", sizes.along(GATHERED_OVER) > 1
 
     def both_ways(what: str, how: str, axis: str, size: float, count: int = 1, needed: bool = True) -> None:
         again = needed and (remat or (forgets and how == "all_gather"))

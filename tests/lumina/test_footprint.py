@@ -91,20 +91,20 @@ def test_with_remat_a_period_of_layers_is_computed_at_once():
     assert footprint(other).activations == 2 * residual + dense + moe
 
 
-def test_gathered_weights_of_two_layers_and_a_gradient_come_and_go():
+def test_gathered_weights_of_two_layers_and_the_largest_gradient_come_and_go():
     def of_weights(config, **sizes):
         """Temporaries beside those of one device with as many rows."""
         fewer = deepcopy(config)
         fewer.train.batch_size //= Sizes(**sizes).row_parts
         return footprint(config, Sizes(**sizes)).temporaries - footprint(fewer).temporaries
 
-    layer = ATTENTION + FEEDFORWARD
-    assert of_weights(small(), fsdp=2) == 2 * 4 * layer + 4 * layer
+    layer, matrix = ATTENTION + FEEDFORWARD, 16 * 24
+    assert of_weights(small(), fsdp=2) == 2 * 4 * layer + 4 * matrix
     assert of_weights(small(), data=2) == 0
     with_experts = small(moe={"pattern": "all", "num_experts": 4})
     attention = ATTENTION + 16 * 4
-    assert of_weights(with_experts, expert=4) == 3 * 4 * attention  # of the experts nothing is gathered
-    assert of_weights(with_experts, fsdp=4) == 3 * 4 * (attention + 4 * FEEDFORWARD)
+    assert of_weights(with_experts, expert=4) == 2 * 4 * attention + 4 * 16 * 4 * 4  # of the experts nothing is gathered
+    assert of_weights(with_experts, fsdp=4) == 2 * 4 * (attention + 4 * FEEDFORWARD) + 4 * 4 * matrix
 
 
 def test_a_large_vocabulary_is_gathered_with_its_gradient_in_float32():
