@@ -1,8 +1,8 @@
 """What one device sends in a training step, without any array: the collectives of the step's algorithm, tensor by tensor.
 
 b rows of a micro-batch on a device, T positions of a row, t = T / context, C tokens that a Mixture-of-Depths layer takes,
-c = C / context; D model width, K key/value heads, h head width, E experts, k choices, A alternatives; w bytes of a number in
-the compute dtype, M micro-batches, S bytes, n devices along the axes of a collective.
+c = C / context, rounded up; D model width, K key/value heads, h head width, E experts, k choices, A alternatives; w bytes of a
+number in the compute dtype, M micro-batches, S bytes, n devices along the axes of a collective.
 """
 
 import functools
@@ -198,27 +198,36 @@ def add_embedding_and_loss(account: Account, config: Config) -> None:
     account.add("softmax of the loss", "all_reduce", ("tensor",), chunk * FLOAT32, 2 * -(-b * t // chunk) * M)
 
 
+def share(tokens: int, context: int) -> int:
+    """Of so many tokens of a row those of one device: an early and a late part of equal length, padded."""
+    return tokens if context == 1 else 2 * -(-tokens // (2 * context))
+
+
 def add_layer(account: Account, config: Config, kind: str, times: int, closes: bool = True) -> None:
     """What a layer of this kind sends, `times` over. One that `closes` its period is not computed again for a layer after it.
 
     Each collective of the forward pass has its transpose in the backward pass. What was gathered is not kept for that where
-    weights are gathered, and under a remat policy nothing is: it is sent again, but for what only the next layer needs.
+    weights are gathered, and under a remat policy nothing is: it is sent again, but for what only the next layer needs. Without
+    one it may be a little less, where a copy in another shape is kept.
     """
     sizes, model, passes = account.sizes, config.model, forward_passes(config)
     remat, forgets = config.train.remat != "none", sizes.along(GATHERED_OVER) > 1
 
-    def both_ways(what: str, how: str, axis: str, size: float, count: int = 1, needed: bool = True) -> None:
+    def both_ways(what: str, how: str, axis: str, size: float, count: int = 1, needed: bool = True, back: float = 0) -> None:
         again = needed and (remat or (forgets and how == "all_gather"))
         account.add(what, how, (axis,), size, count * times * (passes + again))
-        account.add(what, TRANSPOSED[how], (axis,), size, count * times)
+        account.add(what, TRANSPOSED[how], (axis,), back or size, count * times)
 
     for tensor in block_tensors(model, kind):
         _add_weight(account, config, "weights", tensor, (passes + 1) * times, times)
     b, T, row = rows_at_once(config, sizes), config.data.sequence_length, model.d_model * width(config)
     mod = kind.endswith("+mod")
     C = capacity(T, model.mod.capacity) if mod else T
-    t, c = T // sizes.context, -(-C // sizes.context)
+    t, c = T // sizes.context, share(C, sizes.context)
     block = mod and model.mod.scope == "block"
+    hops = (
+        sizes.context if sizes.context % 2 == 0 and sizes.context > 2 else sizes.context - 1
+    )  # at most, both ways round a ring
 
     # The residual stream is split along the sequence (Korthikanti et al., 2022), blocks have all of it: S = b t D w.
     if block:  # around both; between them the tokens taken alone, S = b c D w
@@ -231,29 +240,29 @@ def add_layer(account: Account, config: Config, kind: str, times: int, closes: b
         both_ways("residual to feed-forward", "all_gather", "tensor", b * t * row)
         both_ways("residual from feed-forward", "reduce_scatter", "tensor", b * t * row, needed=not closes)
 
-    # Keys and values of the own heads, of all positions that attend: S = b T (K / tensor) h w each.
-    heads = model.num_kv_heads // sizes.tensor * model.head_dim * width(config)
-    both_ways("keys and values", "all_gather", "context", b * (c * sizes.context if block else T) * heads, 2)
+    # Keys and values of the own heads, of all positions that attend: S = b T (K / tensor) h w each, gradients in float32.
+    keys = b * (c * sizes.context if block else T) * model.num_kv_heads // sizes.tensor * model.head_dim
+    both_ways("keys and values", "all_gather", "context", keys * width(config), 2, back=keys * FLOAT32)
     if mod:
         # A router's and a predictor's logit a token in float32, S = b T 4. The tokens taken are spread evenly, and their
-        # results go back to where they came from: round a ring, n - 1 times what a device has, S = b t D w and b c D w.
+        # results go back to where they came from: round the ring what a device has, S = b t D w and b c D w.
         both_ways("routing logits", "all_gather", "context", b * T * FLOAT32, 2)
-        both_ways("tokens to layer", "permute", "context", b * t * row, sizes.context - 1)
-        both_ways("tokens from layer", "permute", "context", b * c * row, sizes.context - 1, needed=not closes)
+        both_ways("tokens to layer", "permute", "context", b * t * row, hops)
+        both_ways("tokens from layer", "permute", "context", b * c * row, hops, needed=not closes)
     if not kind.startswith("moe"):
         return
 
     moe = model.moe
-    # S = b C A 4.
-    both_ways("routing logits", "all_gather", "context", b * C * (moe.num_experts + moe.noop_experts) * FLOAT32)
+    # S = b C A 4, as all below with the padding that spreads tokens evenly.
+    both_ways("routing logits", "all_gather", "context", b * c * sizes.context * (moe.num_experts + moe.noop_experts) * FLOAT32)
     if moe.dispatch == "capacity":
         # Each device fills its share of the slots of all experts, S = b E (slots / context) D w, from all of a row; they travel
         # to the experts and back, and the row's tokens fetch their results.
-        slots = b * moe.num_experts * -(-expert_capacity(model, C) // sizes.context) * row
-        both_ways("tokens to slots", "permute", "context", b * c * row, sizes.context - 1)
+        slots = b * moe.num_experts * share(expert_capacity(model, C), sizes.context) * row
+        both_ways("tokens to slots", "permute", "context", b * c * row, hops)
         both_ways("slots to experts", "all_to_all", "expert", slots)
         both_ways("slots from experts", "all_to_all", "expert", slots)
-        both_ways("tokens from slots", "permute", "context", slots, sizes.context - 1)
+        both_ways("tokens from slots", "permute", "context", slots, hops)
     else:
         # The tokens of all rows along `expert`, S = n b c D w, their choices in int32 and gates; the sum of the results back.
         tokens = sizes.expert * b * c

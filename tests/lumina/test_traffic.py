@@ -138,7 +138,7 @@ def test_context_gathers_keys_and_values_of_the_row():
     found = told(small(), context=2)
     one = 8 * 8 * 2 * 4 * 2 // 2  # b T K h w, of which half is sent
     assert found["keys and values", "all_gather"] == (("context",), 2 * 2 * 2 * one, 8)
-    assert found["keys and values", "reduce_scatter"] == (("context",), 2 * 2 * one, 4)
+    assert found["keys and values", "reduce_scatter"] == (("context",), 2 * 2 * 2 * one, 4)  # in float32
     assert found["weights", "all_gather"][1] == 2 * 2 * 1920 * 2 // 2  # weights lie split along context as well
     both = told(small(), context=2, tensor=2)
     assert both["keys and values", "all_gather"][1] == 2 * 2 * 2 * one // 2  # of one of two heads
@@ -174,9 +174,10 @@ def test_dropless_experts_are_given_all_rows():
 
 def test_a_layer_of_depth_routing_sends_its_tokens_round_the_ring():
     found = told(small(mod={"pattern": "all", "capacity": 0.5}), context=4)
-    there, back = 3 * 8 * 2 * 16 * 2, 3 * 8 * 1 * 16 * 2  # n - 1 times 8 rows of 2 tokens, of 1 that was taken
-    assert found["tokens to layer", "permute"] == (("context",), 2 * 3 * there, 2 * 3 * 3)
-    assert found["tokens from layer", "permute"] == (("context",), 2 * 2 * back, 2 * 2 * 3)
+    # Two hops each way, of 8 rows of 2 tokens, of those taken as many, as one is filled up to an early and a late one.
+    there, back = 4 * 8 * 2 * 16 * 2, 4 * 8 * 2 * 16 * 2
+    assert found["tokens to layer", "permute"] == (("context",), 2 * 3 * there, 2 * 3 * 4)
+    assert found["tokens from layer", "permute"] == (("context",), 2 * 2 * back, 2 * 2 * 4)
     assert found["routing logits", "all_gather"] == (("context",), 2 * 2 * 2 * 8 * 8 * 4 * 3 // 4, 8)
 
 
