@@ -2,13 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from lumina.architecture import at_capacity
 from lumina.config import load, override
 from lumina.errors import ConfigError
 from lumina.footprint import footprint
+from lumina.mesh import Sizes
 from lumina_jax.device import chosen_forms, compiled_memory, matmul_peak, peak_memory
+from lumina_jax.mesh import ROWS, mesh_of, shaped
 from lumina_jax.step import controls, make_train_step, state_shapes
 
 ESTIMATED = {
@@ -30,6 +34,19 @@ def test_expected_memory_is_within_25_percent_of_the_compiled_step(flags):
     batch["weights"] = jax.ShapeDtypeStruct(size, jnp.float32)
     step = jax.jit(make_train_step(config, graphdef), donate_argnums=0).lower(shapes, batch, controls(config)).compile()
     assert footprint(config).total == pytest.approx(compiled_memory(step), rel=0.25)
+
+
+def test_expected_memory_of_a_part_is_within_25_percent_of_the_compiled_step():
+    config, sizes = override(load("debug"), ESTIMATED["remat"]), Sizes(expert=2, context=2)
+    mesh = mesh_of(sizes, jax.devices()[:4])
+    shapes, graphdef = state_shapes(config)
+    size, rows = (config.train.batch_size, config.data.sequence_length), NamedSharding(mesh, ROWS)
+    names = {"inputs": "int32", "targets": "int32", "segments": "int32", "positions": "int32", "weights": "float32"}
+    batch = {name: jax.ShapeDtypeStruct(size, dtype, sharding=rows) for name, dtype in names.items()}
+    knobs = controls(config, stop_N=np.zeros(sizes.devices, np.int32))
+    step = jax.jit(make_train_step(config, graphdef, mesh), donate_argnums=0)
+    compiled = step.lower(shaped(config, mesh, shapes), batch, knobs).compile()
+    assert footprint(config, sizes).total == pytest.approx(compiled_memory(compiled), rel=0.25)
 
 
 def test_every_form_that_a_run_will_need_is_announced_and_refused_at_the_start(monkeypatch):
