@@ -45,8 +45,10 @@ def tell(arguments: argparse.Namespace, kernels: Kernels) -> None:
     devices = arguments.devices or named
     if arguments.memory is not None:
         config, why = choose(config, devices, int(arguments.memory * 2**30))
-    elif config.mesh.auto:
+    elif config.mesh.auto and devices > 1:
         raise UsageError("mesh.auto = True: needs the memory of a device to choose by; give it, as in --memory 80")
+    elif config.mesh.auto:
+        why = "mesh.auto: the mesh is chosen for the devices at hand; --devices and --memory tell which"
     sizes = mesh.resolve(config, devices)
     if sizes.devices % arguments.hosts:
         raise UsageError(f"--hosts = {arguments.hosts}: must divide the {sizes.devices} devices of the mesh")

@@ -138,6 +138,12 @@ def test_the_command_tells_the_kernels_of_a_platform(capsys):
     assert found["collectives"] == {"layer": {"moe+mod": []}, "step": []}
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_command_takes_every_preset_as_it_is(name, capsys):
+    cli.run(["explain", name])
+    assert capsys.readouterr().out.startswith(f"{name}: ")
+
+
 def test_with_a_devices_memory_the_command_chooses_a_mesh(capsys):
     cli.run(["explain", "large", "--devices", "8", "--memory", "24"])
     said = capsys.readouterr().out
@@ -150,7 +156,7 @@ def test_with_a_devices_memory_the_command_chooses_a_mesh(capsys):
     [
         (["--devices", "0"], UsageError, "--devices = 0: must be above 0"),
         (["--hosts", "3", "--devices", "4"], UsageError, "--hosts = 3: must divide the 4 devices"),
-        (["--config.mesh.auto=True"], UsageError, "mesh.auto = True: needs the memory"),
+        (["--config.mesh.auto=True", "--devices", "2"], UsageError, "mesh.auto = True: needs the memory"),
         (["--devices", "16"], ConfigError, "mesh.data = 16"),
         (["--devices", "2", "--config.mesh.tensor=2"], ConfigError, "kv_heads, which cannot be split into 2"),
         (["--config.model.attention_form=splash", "--platform", "cpu"], ConfigError, "splash runs on tpu, not on cpu"),
