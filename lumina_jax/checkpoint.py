@@ -1,10 +1,13 @@
 """Checkpoints of a run: Orbax writes the arrays in the background, `lumina.runs.steps` makes a step exist.
 
-A step's directory holds `state/`, the arrays by name, and the manifest, which has for each array shape, dtype and digest.
+A step's directory holds `state/`, the arrays by name, and the manifest, which has for each array shape, dtype and digest. Where
+several processes each have a part of an array, each writes pieces of it, process 1 in `state.1/`, and the manifest lists them.
 """
 
+import itertools
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,20 @@ from flax import nnx
 from lumina.config import CheckpointConfig, Config, ModelConfig
 from lumina.errors import CheckpointError
 from lumina.interchange import state as interchange
-from lumina.interchange.orbax import to_leaves
+from lumina.interchange.orbax import Piece, Reader, directory_of, key_of, to_leaves, write
 from lumina.runs import checkpoints
 from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find, written_by
 from lumina.runs.directory import Events, RunDirectory
-from lumina.runs.steps import Steps
+from lumina.runs.steps import Steps, sync_files
 from lumina_jax.digest import digests
-from lumina_jax.mesh import agreed, in_any, one_device, shaped_whole
+from lumina_jax.hosts import agreed, hear, in_any, tell
+from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables
 from lumina_jax.step import TrainState, state_shapes
 
+PATIENCE_SECONDS = 3600.0  # for another process's disk; one that is gone ends this one sooner
+READ_AT_ONCE = 2**32  # bytes of arrays, of which this process has a part in memory beside the devices
+_SAVES = itertools.count()  # all processes count alike
 logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the traceback of what it raises, once in each thread
 
 
@@ -43,28 +50,54 @@ class Checkpoints(checkpoints.Checkpoints):
     ):
         """As of `lumina.runs.checkpoints`; `like` has shapes, dtypes and shardings of a state."""
         self._like = like
+        if jax.process_count() > 1 and any(pieces_of(leaf) for leaf in jax.tree.leaves(like)):
+            self.others = range(1, jax.process_count())
         super().__init__(run, config, events, backup, jax.process_index() == 0, origin)
 
     def _bytes(self) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self._like))
 
     def _on_host(self, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, Record], str]:
+        """What this process writes. A state that is whole on every device the first process writes alone."""
+        self._save = next(_SAVES)
         named = by_name(state)
+        if all(leaf.is_fully_replicated for leaf in named.values()):
+            named = {name: leaf.addressable_data(0) for name, leaf in named.items()}
         found = digests(named)
-        # A copy: the arrays are about to be given away to the next step.
-        host = {name: np.array(array) for name, array in named.items()}
-        leaves = {n: {"shape": list(a.shape), "dtype": str(a.dtype), "digest": found[n]} for n, a in host.items()}
+        host: dict[str, np.ndarray] = {}
+        leaves: dict[str, Record] = {}
+        for name, array in named.items():
+            leaves[name] = {"shape": list(array.shape), "dtype": str(array.dtype), "digest": found[name]}
+            if pieces := pieces_of(array):
+                leaves[name]["pieces"] = [piece.record() for piece, _ in pieces]
+                shards = {shard.device: shard.data for shard in array.addressable_shards}
+                own = {key_of(name, n): shards[owner] for n, (_, owner) in enumerate(pieces) if owner in shards}
+            else:
+                own = {name: array if array.is_fully_addressable else array.addressable_data(0)} if self._writes else {}
+            # A copy: the arrays are about to be given away to the next step.
+            host |= {key: np.array(part) for key, part in own.items()}
         return host, leaves, parameters_digest(found)
 
     def _write_arrays(self, directory: Path, host: dict[str, np.ndarray]) -> None:
-        with _orbax() as writer:
-            writer.save((directory / "state").absolute(), args=ocp.args.PyTreeSave(host))
+        if self._writes:
+            with _orbax() as writer:
+                writer.save((directory / "state").absolute(), args=ocp.args.PyTreeSave(host))
+        elif host:
+            write(directory, jax.process_index(), host)
+            sync_files(directory / directory_of(jax.process_index()))  # which the first process cannot do for this machine
+
+    def _tell(self, word: str) -> None:
+        if self.others:
+            tell(f"save/{self._save}/{jax.process_index()}", word)
+
+    def _hear(self, process: int) -> str:
+        return hear(f"save/{self._save}/{process}", PATIENCE_SECONDS)
 
     def _check_fits(self, directory: Path, leaves: dict[str, Record]) -> None:
         check_fits(directory, leaves, shapes_of(self._like))
 
     def _read(self, directory: Path, leaves: dict[str, Record]) -> tuple[TrainState, list[str]]:
-        named = _read(directory, by_name(self._like))
+        named = _read(directory, by_name(self._like), leaves)
         return jax.tree.unflatten(jax.tree.structure(self._like), named.values()), changed(digests(named), leaves)
 
     def _agreed(self, value: Any) -> Any:
@@ -86,7 +119,7 @@ def load(run: RunDirectory, like: TrainState, best: bool = False) -> tuple[Train
         config, state, _ = interchange.load(run.path, step=step)
         return from_state(config.model, state, like), step
     check_fits(directory, leaves, shapes_of(like))
-    named = _read(directory, by_name(like))
+    named = _read(directory, by_name(like), leaves)
     if wrong := changed(digests(named), leaves):
         raise CheckpointError(f"{directory}: damaged: {wrong[0]}")
     return jax.tree.unflatten(jax.tree.structure(like), named.values()), step
@@ -143,6 +176,27 @@ def parameters_digest(found: dict[str, str]) -> str:
     return digest_of({name: digest for name, digest in found.items() if name.startswith("variables.")})
 
 
+def pieces_of(leaf: Any) -> list[tuple[Piece, jax.Device]]:
+    """The pieces that a leaf, an array or its shape, is written in, and the device to take each from; the same in all processes.
+
+    Empty for one that the first process writes whole, as it has all of it. Of devices that have the same, one after the other
+    is taken, so that processes that are copies of each other share the work.
+    """
+    if leaf.sharding.is_fully_addressable or leaf.sharding.is_fully_replicated:
+        return []
+    holders: dict[tuple[tuple[int, ...], tuple[int, ...]], list[jax.Device]] = {}
+    for device, index in leaf.sharding.devices_indices_map(leaf.shape).items():
+        holders.setdefault(_box(index, leaf.shape), []).append(device)
+    owners = [(box, devices[n % len(devices)]) for n, (box, devices) in enumerate(holders.items())]
+    return [(Piece(owner.process_index, *box), owner) for box, owner in owners]
+
+
+def _box(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(begin, shape) of a part of an array."""
+    ranges = [each.indices(length)[:2] for each, length in zip(index or (), shape, strict=True)]
+    return tuple(begin for begin, _ in ranges), tuple(end - begin for begin, end in ranges)
+
+
 def _orbax() -> ocp.Checkpointer:
     """Writes from the first process alone. Random bits do not compress."""
     alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="save")
@@ -150,12 +204,38 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
-def _read(directory: Path, like: dict[str, Any]) -> dict[str, jax.Array]:
-    """The arrays as `like` says."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
-        restored = reader.restore((directory / "state").absolute(), args=args)
-    return {name: restored[name] for name in like}
+def _read(directory: Path, like: dict[str, Any], leaves: dict[str, Record]) -> dict[str, jax.Array]:
+    """The arrays as `like` says: each process reads what its devices are to have."""
+    reader, found = Reader(directory, leaves), {}
+    for names in _in_turn(like):
+        reading = {name: _begin(reader, name, like[name]) for name in names}
+        found.update({name: finish() for name, finish in reading.items()})
+    return found
+
+
+def _in_turn(like: dict[str, Any]) -> Iterator[list[str]]:
+    """Names of arrays to read at the same time."""
+    names: list[str] = []
+    size = 0
+    for name, leaf in like.items():
+        names.append(name)
+        size += math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize * len(leaf.sharding.addressable_devices)
+        if size > READ_AT_ONCE:
+            yield names
+            names, size = [], 0
+    yield names
+
+
+def _begin(reader: Reader, name: str, leaf: Any) -> Callable[[], jax.Array]:
+    """Begin to read this process's part of an array; what returns waits for it."""
+    boxes = {_box(index, leaf.shape) for index in leaf.sharding.addressable_devices_indices_map(leaf.shape).values()}
+    reading = {box: reader.begin(name, *box) for box in boxes}
+
+    def finish() -> jax.Array:
+        parts = {box: wait() for box, wait in reading.items()}
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: parts[_box(index, leaf.shape)])
+
+    return finish
 
 
 def _path(path: Any) -> str:

@@ -20,14 +20,21 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 def _sum(array: jax.Array) -> jax.Array:
     """uint32 [2]: the sum over the array's words, each mixed with its place, and the sum of their squares.
 
-    Sums modulo 2^32 have no order, so any sharding agrees.
+    Sums modulo 2^32 have no order, so any sharding agrees. The array keeps its dimensions: to make it flat, devices that each
+    have a part would gather it.
     """
     array = array.astype(jnp.uint8) if array.dtype == jnp.bool_ else array
-    words = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32).reshape(-1)
-    mixed = mix(words ^ jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9))
+    words = jax.lax.bitcast_convert_type(array, _UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)
+    place, stride = jnp.uint32(0), 1
+    for axis in reversed(range(words.ndim)):
+        place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= words.shape[axis]
+    mixed = mix(words ^ place * jnp.uint32(0x9E3779B9))
     zero = np.uint32(0)
     # Both in one pass: on a CPU six times as fast as one after the other.
-    sums = jax.lax.reduce((mixed, mixed * mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), (0,))
+    sums = jax.lax.reduce(
+        (mixed, mixed * mixed), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(words.ndim))
+    )
     return jnp.stack(sums)
 
 

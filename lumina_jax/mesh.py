@@ -1,42 +1,24 @@
 """The devices that share the work, and how arrays lie on them.
 
-Which axes there are, and what each splits, is in `lumina.mesh`. Processes, one a host or several on one, join when
-JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so.
+Which axes there are, and what each splits, is in `lumina.mesh`.
 """
 
-import os
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lumina.architecture import Tensor, layer_kinds, layer_plan, tensor_table
 from lumina.config import Config
-from lumina.errors import ConfigError, UsageError
+from lumina.errors import ConfigError
 from lumina.mesh import AXES, RULES, Sizes, resolve
 from lumina.mesh import ROWS as ROW_AXES
 from lumina_jax.model import canonical_names
 from lumina_jax.sharding import Axes
 
 ROWS, WHOLE, EACH = PartitionSpec(ROW_AXES), PartitionSpec(), PartitionSpec(AXES)
-JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-
-
-def join() -> None:
-    """Join the other processes of this run, if the environment names any. Before anything else asks JAX for devices."""
-    given = [name for name in JOINED_BY if os.environ.get(name)]
-    if not given or jax.distributed.is_initialized():
-        return
-    if len(given) < len(JOINED_BY):
-        missing = ", ".join(name for name in JOINED_BY if name not in given)
-        raise UsageError(f"{given[0]} is set, so this is one of several processes: set {missing} as well")
-    address, count, number = (os.environ[name] for name in JOINED_BY)
-    try:
-        jax.distributed.initialize(address, int(count), int(number))
-    except ValueError as error:
-        raise UsageError(f"{JOINED_BY[0]}={address} {JOINED_BY[1]}={count} {JOINED_BY[2]}={number}: {error}") from error
 
 
 def make_mesh(config: Config, devices: Any = None) -> Mesh:
@@ -167,28 +149,6 @@ def place_each(mesh: Mesh, value: Any) -> jax.Array:
     """int32 [N]: what each device's process says, a number a device."""
     sharding = NamedSharding(mesh, EACH)
     return jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.full(1, value, np.int32))
-
-
-def agreed(value: Any) -> Any:
-    """What the first process says, so that all do the same: None, a truth value, or a number from 0."""
-    if jax.process_count() == 1:
-        return value
-    number = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if value is None else value)))
-    return type(value)(number) if isinstance(value, bool) else None if number < 0 else number
-
-
-def in_any(value: bool) -> bool:
-    """Whether it holds in any process."""
-    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.int32(value)).any())
-
-
-def require_same(what: str, digest: str) -> None:
-    """Raise a ConfigError, in all processes, unless each has the same: 64 hexadecimal digits."""
-    if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(np.frombuffer(bytes.fromhex(digest), np.uint8))
-        different = [number for number, each in enumerate(found) if (each != found[0]).any()]
-        if different:
-            raise ConfigError(f"{what}: process {different[0]} has another than process 0; start all with the same")
 
 
 def own_copy(mesh: Mesh, tree: Any) -> Any:

@@ -54,7 +54,8 @@ class Trainer:
         from lumina.layout import choose
         from lumina_jax.allocator import keep_large_buffers
         from lumina_jax.device import describe, memory_of_each
-        from lumina_jax.mesh import agreed, join, make_mesh, require_same, row_blocks, shaped, shardings
+        from lumina_jax.hosts import agreed, join, require_same
+        from lumina_jax.mesh import make_mesh, row_blocks, shaped, shardings
         from lumina_jax.step import init_state, state_shapes
 
         self.buffers = keep_large_buffers()

@@ -10,7 +10,8 @@ import shutil
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ class Checkpoints(ABC):
 
     What is about arrays is a framework's to say: the methods under "arrays" below.
     """
+
+    others: Sequence[int] = ()  # numbers of the processes that write parts of a state beside the first
 
     def __init__(
         self,
@@ -85,6 +88,13 @@ class Checkpoints(ABC):
     def _read(self, directory: Path, leaves: dict[str, Record]) -> tuple[Any, list[str]]:
         """The state, and which of its arrays are not bit for bit what was saved."""
 
+    def _tell(self, word: str) -> None:  # noqa: B027, alone there is nobody to tell
+        """Let the other processes that write know: that a step was begun, or this process's part written; or why not."""
+
+    def _hear(self, process: int) -> str:
+        """What a process told of the save under way, once it has; raises TimeoutError, and never waits for ever."""
+        raise NotImplementedError(process)
+
     def _agreed(self, value: Any) -> Any:
         """What the first process says."""
         return value
@@ -109,20 +119,55 @@ class Checkpoints(ABC):
         """Copy `state` to the host and write it in the background; a step that exists already is left as it is.
 
         `record` is given the digest of the parameters and returns what else the manifest is to say. A disk that fails costs
-        this checkpoint, which is said, and no older one; `failure` then says why. The first process writes alone.
+        this checkpoint, which is said, and no older one; `failure` then says why. The first process makes the step exist, when
+        the `others` have written their parts of it.
         """
         self.wait()
-        if not self._writes or step in self.steps.all():
+        if self.others:
+            if self._agreed(step in self.steps.all()):
+                return
+        elif not self._writes or step in self.steps.all():
             return
         host, leaves, parameters = self._on_host(state)
-        manifest = {"leaves": leaves, "parameters": parameters, **record(parameters)}
-        self._thread = threading.Thread(target=self._write, args=(step, host, manifest), name=f"save-{step}")
+        if self._writes:
+            manifest = {"leaves": leaves, "parameters": parameters, **record(parameters)}
+            write = partial(self._write, step, host, manifest)
+        else:
+            write = partial(self._write_part, step, host)
+        self._thread = threading.Thread(target=write, name=f"save-{step}")
         self._thread.start()
+
+    def _write_part(self, step: int, host: Any) -> None:
+        """In the background, in another process than the first: its own arrays, into the directory that the first one made."""
+        try:
+            self.failure = self._hear(0)
+            if not self.failure:
+                self._write_arrays(self.steps.writing(step), host)
+        except Exception as error:
+            self.failure = why(error)
+        self._tell(self.failure)
+
+    def _begin(self, step: int) -> Path:
+        """The directory for the step, which the others wait for."""
+        try:
+            directory = self.steps.begin(step)
+        except Exception as error:
+            self._tell(why(error))
+            raise
+        self._tell("")
+        return directory
+
+    def _await_others(self) -> None:
+        """Raise an OSError where one of them could not write."""
+        for process in self.others:
+            if failure := self._hear(process):
+                raise OSError(f"process {process}: {failure}")
 
     def _write(self, step: int, host: Any, manifest: Record) -> None:
         """In the background: the arrays, then the commit, then what may go."""
         try:
-            self._write_arrays(self.steps.begin(step), host)
+            self._write_arrays(self._begin(step), host)
+            self._await_others()
             self.steps.commit(step, manifest)
         except Exception as error:  # whatever a disk makes a library raise
             self.failure = why(error)

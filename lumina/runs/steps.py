@@ -221,6 +221,15 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def sync_files(directory: Path) -> None:
+    """Make all that is in a directory durable, for another process to commit."""
+    for path in _files(directory):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    for parent in (directory, *(path for path in directory.rglob("*") if path.is_dir())):
+        sync_directory(parent)
+
+
 def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
 

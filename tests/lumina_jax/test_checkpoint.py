@@ -210,7 +210,8 @@ def load_step(run, step):
     """The state of one step, whatever the manifest says of its values."""
     from lumina_jax.checkpoint import _read
 
-    named = _read(Steps(run.checkpoints).directory(step), by_name(like()))
+    steps = Steps(run.checkpoints)
+    named = _read(steps.directory(step), by_name(like()), steps.manifest(step)["leaves"])
     return jax.tree.unflatten(jax.tree.structure(like()), named.values())
 
 

@@ -20,7 +20,8 @@ from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
 from lumina_jax.device import describe
-from lumina_jax.mesh import JOINED_BY, ROWS, join, make_mesh, one_device, own_copy, place_rows, shaped_whole, whole
+from lumina_jax.hosts import JOINED_BY, join
+from lumina_jax.mesh import ROWS, make_mesh, one_device, own_copy, place_rows, shaped_whole, whole
 from tests.lumina_jax.tiny import tiny
 
 ROOT = Path(__file__).parents[2]

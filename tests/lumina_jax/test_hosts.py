@@ -1,0 +1,168 @@
+"""Several processes on this machine: what they save together, how they find each other, and how they end."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from lumina.config import save
+from lumina.errors import CheckpointError
+from lumina.interchange import orbax
+from lumina.interchange import state as interchange
+from lumina.interchange.orbax import from_leaves
+from lumina.runs.directory import RunDirectory
+from lumina.runs.journal import read_json_lines
+from lumina.runs.steps import Steps
+from lumina_jax.checkpoint import _read, by_name, load
+from tests.lumina_jax import together
+from tests.lumina_jax.together import CONFIG, Opened, like, same_bits, values
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(command, count, devices, **environment):
+    """`python -m command` as `count` processes of so many devices each."""
+    shared = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+        "JAX_NUM_PROCESSES": str(count),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", *map(str, command)],
+            env=shared | environment | {"JAX_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(count)
+    ]
+
+
+def finish(processes):
+    """(exit codes, stdout, stderr) of each."""
+    try:
+        output = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], *zip(*output, strict=True)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(directory, what each of two processes saw): four processes saved there, then two restored and saved."""
+    directory = tmp_path_factory.mktemp("saved")
+    for name in ("run", "alone"):
+        (directory / name).mkdir()
+        save(CONFIG, directory / name / "config.json")
+    assert Opened(directory / "alone", like((1, 8))).save(1) == ""
+    seen = []
+    for count, scenario in ((4, "four"), (2, "two")):
+        codes, out, errors = finish(start([together.__name__, directory, scenario], count, 4 // count))
+        assert codes == [0] * count, errors
+        seen = [json.loads(each.splitlines()[-1]) for each in out]
+    return directory, seen
+
+
+def test_what_four_processes_saved_two_restore_and_each_reads_what_its_devices_have(saved):
+    assert [each["restored"] for each in saved[1]] == [[1, True]] * 2
+
+
+def test_what_one_process_saved_of_eight_devices_two_restore(saved):
+    assert [each["alone"] for each in saved[1]] == [[1, True]] * 2
+    leaves = Steps(RunDirectory(saved[0] / "alone").checkpoints).manifest(1)["leaves"]
+    assert not any("pieces" in leaf for leaf in leaves.values())
+
+
+def test_every_process_writes_the_pieces_of_its_own(saved):
+    steps = Steps(RunDirectory(saved[0] / "run").checkpoints)
+    leaves = steps.manifest(1)["leaves"]
+    name = "variables.params.embedding"
+    assert [piece[0] for piece in leaves[name]["pieces"]] == [0, 1, 2, 3]
+    assert leaves[name]["pieces"][3] == [3, [0, 12], [300, 4]]
+    assert "pieces" not in leaves["step"]
+    assert {path.name for path in steps.directory(1).iterdir()} == {"manifest.json", "state", "state.1", "state.2", "state.3"}
+    copies = steps.manifest(2)["leaves"]  # each process had all of it: they shared the work
+    assert [piece[0] for piece in copies[name]["pieces"]] == [0, 1]
+
+
+def test_a_disk_that_fails_in_any_process_costs_this_checkpoint_and_hangs_nobody(saved):
+    run = RunDirectory(saved[0] / "run")
+    assert Steps(run.checkpoints).all() == [1, 2, 5]
+    first, second = (each["failures"] for each in saved[1])
+    full = "No space left on device"
+    assert first == ["", f"process 1: {full}", full, ""]
+    assert second == ["", full, full, ""]
+    said = [record["says"] for record in read_json_lines(run.events) if record["event"] == "save failed"]
+    assert said == [
+        f"step 3: the checkpoint could not be written (process 1: {full}); step 2 stands",
+        f"step 4: the checkpoint could not be written ({full}); step 2 stands",
+    ]
+    assert [each["again"] for each in saved[1]] == [[5, True]] * 2
+
+
+@pytest.mark.parametrize("sizes", [(1, 8), (2, 4), (8, 1)])
+def test_one_process_restores_what_several_saved_on_any_devices(saved, sizes):
+    run, shapes = RunDirectory(saved[0] / "run"), like(sizes)
+    for step in (1, 2, 5):
+        assert same_bits(read_step(run, step, shapes), step)
+    assert same_bits(load(run, shapes)[0], 5)
+
+
+def read_step(run, step, shapes):
+    steps = Steps(run.checkpoints)
+    return unnamed(_read(steps.directory(step), by_name(shapes), steps.manifest(step)["leaves"]))
+
+
+def unnamed(named):
+    return jax.tree.unflatten(jax.tree.structure(like((1, 8))), named.values())
+
+
+def test_a_state_in_pieces_opens_without_jax(saved):
+    _, state, _ = interchange.load(saved[0] / "run")
+    leaves = by_name(values(5))
+    expected = from_leaves(CONFIG.model, leaves)
+    for part in ("weights", "first_moment", "second_moment"):
+        found = getattr(state, part)
+        assert found.keys() == expected[part].keys()
+        for name, array in found.items():
+            assert array.tobytes() == np.ascontiguousarray(expected[part][name]).tobytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda pieces: pieces[:-1], r"its 3 pieces do not cover \(300, 16\)"),
+        (lambda pieces: [*pieces, pieces[0]], r"its 5 pieces overlap in \(300, 16\)"),
+        (lambda pieces: [*pieces[:-1], [3, [0, 12], [300, 5]]], r"a piece of \(300, 5\) at \(0, 12\) lies outside"),
+        (lambda pieces: [*pieces[:-1], [2, *pieces[-1][1:]]], r"state.2 has no .*embedding@3"),
+        (lambda pieces: [*pieces[:2], [2, [0, 8], [300, 3]], [3, [0, 11], [300, 5]]], r"@. is \(300, 4\), the manifest says"),
+    ],
+    ids=["missing", "twice", "outside", "elsewhere", "another_shape"],
+)
+def test_pieces_that_do_not_make_up_an_array_are_refused_by_name(saved, change, says):
+    steps = Steps(RunDirectory(saved[0] / "run").checkpoints)
+    leaves = steps.manifest(1)["leaves"]
+    name = "variables.params.embedding"
+    leaves[name]["pieces"] = change(leaves[name]["pieces"])
+    directory = steps.directory(1)
+    for read in (lambda: _read(directory, by_name(like((1, 8))), leaves), lambda: orbax.read(directory, leaves)):
+        with pytest.raises(CheckpointError, match=says):
+            read()

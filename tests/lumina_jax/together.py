@@ -1,0 +1,121 @@
+"""One of several processes in which arrays are saved and restored: python -m tests.lumina_jax.together DIRECTORY SCENARIO
+
+Prints a JSON object of what it saw.
+"""
+
+import errno
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from lumina.config import CheckpointConfig
+from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.steps import Steps
+from lumina_jax.checkpoint import Checkpoints, by_name
+from lumina_jax.hosts import join
+from lumina_jax.step import state_shapes
+from tests.lumina_jax.tiny import tiny
+
+CONFIG = tiny()
+
+
+def values(step):
+    """The state of a step: on the host, the same in every process, and of other values at another step."""
+    rng = np.random.default_rng(step)
+
+    def random(leaf):
+        drawn = rng.standard_normal(leaf.shape) if leaf.dtype.kind == "f" else rng.integers(1, 99, leaf.shape)
+        return np.asarray(drawn, leaf.dtype)
+
+    return jax.tree.map(random, state_shapes(CONFIG)[0])
+
+
+def like(sizes, order=None):
+    """The state's shapes over (data, fsdp) devices, fsdp along the last dimension that divides; `order` is of the devices."""
+    devices = np.array(jax.devices())[list(order or range(len(jax.devices())))].reshape(sizes)
+    mesh = jax.sharding.Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+    def spread(leaf):
+        axes = [axis for axis, length in enumerate(leaf.shape) if length % sizes[1] == 0 and leaf.ndim > 1]
+        spec = PartitionSpec(*("fsdp" if axes and axis == axes[-1] else None for axis in range(leaf.ndim)))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(spread, state_shapes(CONFIG)[0])
+
+
+def placed(state, shapes):
+    def place(array, leaf):
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: array[index])
+
+    return jax.tree.map(place, state, shapes)
+
+
+def same_bits(found, step):
+    """Whether this process's parts are those of the state of `step`."""
+    expected = by_name(values(step))
+    return all(
+        np.asarray(shard.data).tobytes() == np.ascontiguousarray(expected[name][shard.index]).tobytes()
+        for name, array in by_name(found).items()
+        for shard in array.addressable_shards
+    )
+
+
+class Opened:
+    """Checkpoints of a run in all processes, of which the first writes the events."""
+
+    def __init__(self, path, shapes, **config):
+        self.run, self.like = RunDirectory(path), shapes
+        events = Events(self.run if jax.process_index() == 0 else None, lambda says: None)
+        self.it = Checkpoints(self.run, CheckpointConfig(**{"keep": 9, **config}), events, shapes)
+
+    def save(self, step):
+        """Why it failed, if it did."""
+        record = {"progress": {"best_step": None, "losses": []}, "ledger": {"bytes": 7}}
+        self.it.save(step, placed(values(step), self.like), lambda parameters: record)
+        self.it.wait()
+        return self.it.failure
+
+
+def four(directory):
+    """Save over four processes of a device each."""
+    return {"failures": [Opened(directory / "run", like((1, 4))).save(1)]}
+
+
+def two(directory):
+    """Restore in two processes of two devices what four saved; save in other layouts, with disks that fail."""
+    number = jax.process_index()
+    opened = Opened(directory / "run", like((2, 2)))  # each process has a copy of the whole
+    found, manifest = opened.it.restore()
+    seen = {"restored": [manifest["step"], same_bits(found, 1)], "alone": [], "failures": []}
+    found, manifest = Opened(directory / "alone", like((1, 4))).it.restore()
+    seen["alone"] = [manifest["step"], same_bits(found, 1)]
+    seen["failures"].append(opened.save(2))
+    across = Opened(directory / "run", like((2, 2), (0, 2, 1, 3)))  # fsdp over the processes
+    write, begin = across.it._write_arrays, Steps.begin
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    across.it._write_arrays = refuse if number == 1 else write
+    seen["failures"].append(across.save(3))
+    across.it._write_arrays, Steps.begin = write, refuse
+    seen["failures"].append(across.save(4))
+    Steps.begin = begin
+    seen["failures"].append(across.save(5))
+    found, manifest = across.it.restore()
+    seen["again"] = [manifest["step"], same_bits(found, 5)]
+    return seen
+
+
+def main():
+    join()
+    scenario = {"four": four, "two": two}[sys.argv[2]]
+    print(json.dumps(scenario(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
