@@ -177,7 +177,7 @@ def parameters_digest(found: dict[str, str]) -> str:
 
 
 def pieces_of(leaf: Any) -> list[tuple[Piece, jax.Device]]:
-    """The pieces that a leaf, an array or its shape, is written in, and the device to take each from; the same in all processes.
+    """The pieces that an array, or its shape, is written in, and the device to take each from. All processes find the same.
 
     Empty for one that the first process writes whole, as it has all of it. Of devices that have the same, one after the other
     is taken, so that processes that are copies of each other share the work.

@@ -1,6 +1,11 @@
-"""The processes of one run, one a host or several on one: how they find each other, agree, and tell each other things."""
+"""The processes of one run, one a host or several on one: how they join, agree, tell each other things, and learn of a loss."""
 
+import atexit
 import os
+import re
+import sys
+import threading
+import time
 from typing import Any
 
 import jax
@@ -8,23 +13,46 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from lumina.errors import ConfigError, UsageError
+from lumina.runs.processes import Part, part
 
-JOINED_BY = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all others, in threads of JAX's that nothing holds up
+SHUTDOWN_SECONDS = 60  # for others to come to an end as well
+BEAT_SECONDS, SILENT_BEATS = 2.0, 5  # of our own signs of life, which only tell who it is
+DAY_SECONDS = 86_400.0
+# What XLA, gloo, NCCL and gRPC say when another process is at fault.
+_OF_ANOTHER = re.compile("gloo|nccl|peer|connect|socket|closed|unavailable|deadline|heartbeat|coordination|timed out", re.I)
 
 
 def join() -> None:
-    """Join the other processes of this run, if the environment names any. Before anything else asks JAX for devices."""
-    given = [name for name in JOINED_BY if os.environ.get(name)]
-    if not given or jax.distributed.is_initialized():
+    """Join the other processes of this run, if the environment names any, and say so. Before anything asks JAX for devices.
+
+    Raises UsageError for an environment that cannot be right.
+    """
+    own = part(os.environ)
+    if not own.coordinator or jax.distributed.is_initialized():
         return
-    if len(given) < len(JOINED_BY):
-        missing = ", ".join(name for name in JOINED_BY if name not in given)
-        raise UsageError(f"{given[0]} is set, so this is one of several processes: set {missing} as well")
-    address, count, number = (os.environ[name] for name in JOINED_BY)
-    try:
-        jax.distributed.initialize(address, int(count), int(number))
-    except ValueError as error:
-        raise UsageError(f"{JOINED_BY[0]}={address} {JOINED_BY[1]}={count} {JOINED_BY[2]}={number}: {error}") from error
+    print(own, file=sys.stderr, flush=True)
+    # JAX's would take SIGTERM from whoever handles it, for its own agreement on when to stop; see `Loop`.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        own.coordinator,
+        own.count,
+        own.number,
+        local_device_ids=own.local_device,
+        cluster_detection_method="deactivate",  # it would take one device of this host for each process
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+    )
+    if (found := (jax.process_index(), jax.process_count())) != (own.number, own.count):
+        raise UsageError(f"{own}: to JAX it is process {found[0]} of {found[1]}; set them to JAX's, such as by a launch script")
+    if own.count > 1:
+        global _pulse
+        _pulse = _Pulse(own)
+        _pulse.start()
+        atexit.register(_pulse.stop)  # before JAX's own end, which was registered before it
+
+
+# -------------------------------------------------------------------------------------------- over the devices, together
 
 
 def agreed(value: Any) -> Any:
@@ -49,20 +77,117 @@ def require_same(what: str, digest: str) -> None:
             raise ConfigError(f"{what}: process {different[0]} has another than process 0; start all with the same")
 
 
+# ---------------------------------------------------------------------------- over the coordination service, in any thread
+
+
 def tell(key: str, word: str) -> None:
-    """Let other processes hear `word`. Of any thread: it goes over the coordination service, not over the devices."""
+    """Let other processes hear `word`."""
     _client().key_value_set(f"lumina/{key}", word)
 
 
 def hear(key: str, seconds: float) -> str:
-    """What was or will be told, waited for at most so long, in any thread; raises TimeoutError."""
+    """What was or will be told, waited for at most so long; raises TimeoutError."""
     try:
         return str(_client().blocking_key_value_get(f"lumina/{key}", int(1000 * seconds)))
     except jax.errors.JaxRuntimeError as error:
         raise TimeoutError(str(error).splitlines()[0]) from error
 
 
+def leave_together() -> None:
+    """At an end in order: wait for the first process, which may still copy a backup."""
+    if _pulse is not None:
+        if _pulse.own.number == 0:
+            tell("over", "")
+        else:
+            hear("over", DAY_SECONDS)
+
+
 def _client() -> Any:
     from jax._src import distributed
 
     return distributed.global_state.client
+
+
+# ---------------------------------------------------------------------------------------------------- who is gone
+
+
+def say_who_is_gone(error: Exception) -> None:
+    """When `error` ended this process: tell the others why, or say in one line which of them is the reason, if that shows."""
+    if _pulse is None:
+        return
+    own, says = _pulse.own, f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    if not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) or not _OF_ANOTHER.search(str(error)):
+        _pulse.tell_all(f"process {own.number} of {own.count} failed: {says}")
+        return
+    _pulse.known.wait(_pulse.silence + 2 * _pulse.period)
+    if _pulse.known.is_set() and own.number == 0:
+        time.sleep(1.5 * _pulse.period)  # when this process ends, so does what the others hear it from
+
+
+class _Pulse(threading.Thread):
+    """Signs of life of this process; the first looks whether all others give theirs, and tells them who does not."""
+
+    def __init__(self, own: Part):
+        super().__init__(name="pulse", daemon=True)
+        self.own = own
+        self.period = BEAT_SECONDS + own.count / 100  # a thousand processes are not to keep the first busy
+        self.silence = SILENT_BEATS * self.period
+        self.known = threading.Event()  # that one is gone
+        self._over = threading.Event()
+        self._seen: dict[str, tuple[str, float]] = {}  # last sign of each, and when it changed
+
+    def run(self) -> None:
+        client, number = _client(), 0
+        while not self._over.wait(self.period):
+            number += 1
+            try:
+                client.key_value_set(f"lumina/beat/{self.own.number}", str(number), True)
+                says = self._look(client) if self.own.number == 0 else ""
+                gone = "" if says else _try_get(client, "lumina/gone")
+            except jax.errors.JaxRuntimeError:
+                says, gone = "", f"process 0 of {self.own.count} is gone: it does not answer"
+            if says:
+                self.tell_all(says)
+            elif gone:
+                self._say(gone)
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+    def tell_all(self, says: str) -> None:
+        """What the first to know says stands."""
+        try:
+            _client().key_value_set("lumina/gone", says)
+        except jax.errors.JaxRuntimeError:  # another was known before, or there is nobody to tell it to
+            return
+        self._say(says)
+
+    def _say(self, says: str) -> None:
+        if not self.known.is_set():
+            self.known.set()
+            print(says, file=sys.stderr, flush=True)
+
+    def _look(self, client: Any) -> str:
+        """Who is silent, by the clock of this process."""
+        now = time.monotonic()
+        for key, sign in client.key_value_dir_get("lumina/beat"):
+            if self._seen.get(key, ("", 0.0))[0] != sign:
+                self._seen[key] = (sign, now)
+        for key, (_, when) in self._seen.items():
+            if now - when > self.silence:
+                number = key.rpartition("/")[2]
+                return f"process {number} of {self.own.count} is gone, or hangs: no sign of life for {now - when:.0f} s"
+        return ""
+
+
+def _try_get(client: Any, key: str) -> str:
+    try:
+        return str(client.key_value_try_get(key))
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" not in str(error):
+            raise
+        return ""
+
+
+_pulse: _Pulse | None = None

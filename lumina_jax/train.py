@@ -3,6 +3,7 @@
 What happens, and in what order, is told in `lumina.runs.train`; here is what JAX does in it.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -11,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lumina.architecture import at_capacity, depth_capacity_at
 from lumina.config import Config
-from lumina.errors import exit_with
-from lumina.runs import train
+from lumina.errors import LuminaError, exit_with
+from lumina.runs import processes, train
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.loop import Backend
@@ -27,7 +28,7 @@ SAMPLING = 0.4  # of a device's memory that the weights may take beside its part
 
 JAX = train.Framework(
     program="lumina_jax",
-    process="JAX_PROCESS_ID",
+    is_first=processes.is_first,
     dtypes=("float32", "bfloat16"),
     attention=("auto", "reference", "chunked", "splash"),
     grouped=("auto", "blocks", "ragged"),
@@ -42,7 +43,17 @@ def train_and_evaluate(config: Config, workdir: Path, accept_changes: bool = Fal
 
     Returns the exit code: 0 when done, 75 when a signal stopped it and all is saved.
     """
-    return train.train_and_evaluate(JAX, Trainer, config, workdir, accept_changes)
+    try:
+        code = train.train_and_evaluate(JAX, Trainer, config, workdir, accept_changes)
+    except LuminaError:
+        raise
+    except Exception as error:
+        if hosts := sys.modules.get("lumina_jax.hosts"):  # else it was before there was any other process
+            hosts.say_who_is_gone(error)
+        raise
+    if hosts := sys.modules.get("lumina_jax.hosts"):
+        hosts.leave_together()
+    return code
 
 
 class Trainer:

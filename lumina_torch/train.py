@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # torch is imported when a run and its data are in order
 
 TORCH = train.Framework(
     program="lumina_torch",
-    process="RANK",
+    is_first=lambda environment: (environment.get("RANK") or "0") == "0",
     dtypes=("float32", "bfloat16", "float16"),
     attention=("auto", "reference", "sdpa", "flash"),
     grouped=("auto", "grouped_mm", "loop"),

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from hashlib import sha256
 from pathlib import Path
@@ -36,7 +36,7 @@ class Framework(NamedTuple):
     """What a mistake can be told by before the framework is imported."""
 
     program: str  # as in `python -m PROGRAM.train`
-    process: str  # the environment variable with the number of this process, from 0
+    is_first: Callable[[Mapping[str, str]], bool]  # whether, of several processes, this is the one that writes, by environment
     dtypes: tuple[str, ...]  # for train.compute_dtype
     attention: tuple[str, ...]  # for model.attention_form
     grouped: tuple[str, ...]  # for model.moe.grouped_form
@@ -109,7 +109,7 @@ def _train_and_evaluate(
 ) -> int:
     # ------------------------------------------------------------------------------------------ the run and its data
     require_possible(framework, config)
-    writes = (os.environ.get(framework.process) or "0") == "0"  # of several processes one writes and speaks
+    writes = framework.is_first(os.environ)  # of several processes one writes and speaks
     console = Console(config.train.steps, sys.stderr if writes else None)
     backup = None
     if writes:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +21,10 @@ from lumina.interchange.orbax import from_leaves
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
+from lumina.runs.supervisor import FINAL
 from lumina_jax.checkpoint import _read, by_name, load
 from tests.lumina_jax import together
+from tests.lumina_jax.tiny import tiny
 from tests.lumina_jax.together import CONFIG, Opened, like, same_bits, values
 
 ROOT = Path(__file__).parents[2]
@@ -32,18 +36,16 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(command, count, devices, **environment):
-    """`python -m command` as `count` processes of so many devices each."""
-    shared = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-        "JAX_NUM_PROCESSES": str(count),
-    }
+def start(directory, count, devices, *scenario):
+    """`tests.lumina_jax.together` as `count` processes of so many devices each."""
+    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
+    if count > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", *map(str, command)],
-            env=shared | environment | {"JAX_PROCESS_ID": str(number)},
+            [sys.executable, "-m", together.__name__, directory, *map(str, scenario)],
+            env=environment | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -75,7 +77,7 @@ def saved(tmp_path_factory):
     assert Opened(directory / "alone", like((1, 8))).save(1) == ""
     seen = []
     for count, scenario in ((4, "four"), (2, "two")):
-        codes, out, errors = finish(start([together.__name__, directory, scenario], count, 4 // count))
+        codes, out, errors = finish(start(directory, count, 4 // count, scenario))
         assert codes == [0] * count, errors
         seen = [json.loads(each.splitlines()[-1]) for each in out]
     return directory, seen
@@ -166,3 +168,73 @@ def test_pieces_that_do_not_make_up_an_array_are_refused_by_name(saved, change, 
     for read in (lambda: _read(directory, by_name(like((1, 8))), leaves), lambda: orbax.read(directory, leaves)):
         with pytest.raises(CheckpointError, match=says):
             read()
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+
+def settings(steps):
+    made = tiny("moe", steps=steps, batch_size=4, eval_every=0, eval_rows=8)
+    made.mesh.data, made.mesh.fsdp, made.data.source = 2, 2, "synthetic"
+    made.checkpoint.every, made.monitor.log_every, made.monitor.sample_tokens, made.monitor.tensorboard = 2, 1, 2, False
+    return made
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """(directory, exit codes, stdout, stderr) of each chapter: a run of four devices in one process; and the same by four
+    processes, of which one is killed at step 5, then by two, of which one is asked to stop at 7, then by one again."""
+    found = {}
+    for name in ("whole", "parts"):
+        directory = tmp_path_factory.mktemp(name)
+        save(settings(10), directory / "config.json")
+        chapters = {
+            "whole": [(1, ())],
+            "parts": [(4, (5, int(signal.SIGKILL), 2)), (2, (7, int(signal.SIGTERM), 1)), (1, ())],
+        }[name]
+        found[name] = (directory, [finish(start(directory, count, 4 // count, "train", *how)) for count, how in chapters])
+    return found
+
+
+def ledger(story, name):
+    return [record for record in read_json_lines(RunDirectory(story[name][0] / "run").ledger) if "rows" in record]
+
+
+def loss_of(record):
+    return struct.unpack(">f", bytes.fromhex(record["loss"]))[0]
+
+
+def test_four_processes_then_two_then_one_have_the_ledger_of_one(story):
+    for name, last in (("whole", 0), ("parts", 2)):
+        assert story[name][1][last][0] == [0], story[name][1][last][2]
+    whole, parts = ledger(story, "whole"), ledger(story, "parts")
+    assert [record["step"] for record in parts] == list(range(1, 11))
+    assert [record["rows"] for record in parts] == [record["rows"] for record in whole]
+    assert list(map(loss_of, parts)) == pytest.approx(list(map(loss_of, whole)), rel=1e-5)
+
+
+def test_one_killed_ends_the_rest_who_say_which(story):
+    codes, _, errors = story["parts"][1][0]
+    assert codes[2] == -signal.SIGKILL
+    assert all(code not in FINAL and code != 75 for code in codes), codes
+    for number in (0, 1, 3):
+        assert "process 2 of 4 is gone, or hangs: no sign of life" in errors[number], errors[number]
+
+
+def test_a_signal_to_one_of_two_stops_both_at_one_step(story):
+    codes, _, errors = story["parts"][1][1]
+    assert codes == [75, 75], errors
+    run = RunDirectory(story["parts"][0] / "run")
+    (stopped,) = [record for record in read_json_lines(run.events) if record["event"] == "stopped"]
+    assert "a signal to another process" in stopped["says"]
+    assert stopped["step"] in (7, 8)
+
+
+def test_of_several_processes_one_speaks_and_each_says_how_it_joined(story):
+    _, out, errors = story["parts"][1][1]
+    for number in (0, 1):
+        assert (
+            f"process {number} of 2, as JAX_NUM_PROCESSES and JAX_PROCESS_ID say; process 0 is at 127.0.0.1:" in errors[number]
+        )
+    assert "in 2 processes" in errors[0] + out[0]
+    assert not [line for line in (errors[1] + out[1]).splitlines() if line.startswith(("step", "held out", "---", "next:"))]

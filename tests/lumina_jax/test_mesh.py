@@ -1,12 +1,5 @@
-"""Who shares the work: devices of one process, and several processes over sockets of this machine."""
+"""Who shares the work: the devices of one process."""
 
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,13 +7,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from lumina.config import save
-from lumina.errors import ConfigError, UsageError
-from lumina.runs.directory import RunDirectory
-from lumina.runs.journal import read_json_lines
-from lumina.runs.steps import Steps
+from lumina.errors import ConfigError
 from lumina_jax.device import describe
-from lumina_jax.hosts import JOINED_BY, join
 from lumina_jax.mesh import ROWS, make_mesh, one_device, own_copy, place_rows, shaped_whole, whole
 from tests.lumina_jax.tiny import tiny
 
@@ -31,9 +19,6 @@ def config(data, **train):
     made = tiny("dense", **train)
     made.mesh.data = data
     return made
-
-
-# ------------------------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize(("data", "rows", "micro", "size"), [(1, 4, 1, 1), (4, 8, 1, 4), (4, 8, 2, 4), (-1, 16, 2, 8)])
@@ -85,127 +70,3 @@ def test_a_device_tells_how_many_work_and_how_many_stay_idle():
         == f"8 x cpu (cpu), each with its part of every batch, jax {jax.__version__}"
     )
     assert describe(one_device()) == f"1 x cpu (cpu), jax {jax.__version__}; 7 more stay idle"
-
-
-@pytest.mark.parametrize(
-    ("given", "works"),
-    [
-        ({0: "localhost:1"}, "JAX_COORDINATOR_ADDRESS is set, .* set JAX_NUM_PROCESSES, JAX_PROCESS_ID as well"),
-        ({1: "2", 2: "0"}, "JAX_NUM_PROCESSES is set, .* set JAX_COORDINATOR_ADDRESS as well"),
-        ({0: "localhost:1", 1: "two", 2: "0"}, "JAX_NUM_PROCESSES=two JAX_PROCESS_ID=0: "),
-        ({0: "localhost:1", 1: "2", 2: "x"}, "JAX_PROCESS_ID=x: "),
-    ],
-    ids=["address_alone", "no_address", "count_is_no_number", "id_is_no_number"],
-)
-def test_half_a_set_of_processes_is_refused_with_what_is_missing(monkeypatch, given, works):
-    for i, name in enumerate(JOINED_BY):
-        monkeypatch.setenv(name, given.get(i, ""))
-    with pytest.raises(UsageError, match=works):
-        join()
-
-
-def test_without_other_processes_there_is_nothing_to_join(monkeypatch):
-    for name in JOINED_BY:
-        monkeypatch.delenv(name, raising=False)
-    join()
-    assert not jax.distributed.is_initialized()
-
-
-# ------------------------------------------------------------------------------------------------- several processes
-
-
-def settings(steps):
-    made = tiny("dense", model={"num_layers": 1}, steps=steps, batch_size=4, eval_every=0, eval_rows=8)
-    made.mesh.data, made.data.source = -1, "synthetic"
-    made.checkpoint.every, made.monitor.log_every, made.monitor.sample_tokens, made.monitor.tensorboard = 2, 1, 2, False
-    return made
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def start(directory, count):
-    """The trainer as `count` processes of one device each, in one run directory."""
-    command = [sys.executable, "-m", "lumina_jax.train", "--config", directory / "config.json", "--workdir", directory / "run"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    if count > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
-    return [
-        subprocess.Popen(
-            command,
-            env=environment | ({"JAX_PROCESS_ID": str(i)} if count > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(count)
-    ]
-
-
-def finish(processes):
-    """(exit codes, what each wrote)."""
-    try:
-        output = [process.communicate(timeout=120)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], output
-
-
-def losses(directory):
-    return [r["loss"] for r in read_json_lines(RunDirectory(directory / "run").metrics) if r["kind"] == "train"]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(directory, exit codes, output) of the same training by one process and by two."""
-    found = {}
-    for count in (1, 2):
-        directory = tmp_path_factory.mktemp(f"by{count}")
-        save(settings(6), directory / "config.json")
-        found[count] = (directory, *finish(start(directory, count)))
-    return found
-
-
-def test_two_processes_train_to_the_losses_of_one(trained):
-    for count in (1, 2):
-        assert trained[count][1] == [0] * count, trained[count][2]
-    one, two = (losses(trained[count][0]) for count in (1, 2))
-    assert len(one) == 6
-    assert two == pytest.approx(one, rel=1e-5)
-    held_out = [json.loads((trained[count][0] / "run" / "result.json").read_text())["held_out"] for count in (1, 2)]
-    assert held_out[0]["tokens"] == held_out[1]["tokens"]
-    assert held_out[1]["loss"] == pytest.approx(held_out[0]["loss"], rel=1e-5)
-
-
-def test_two_processes_read_the_rows_of_one(trained):
-    one, two = (
-        [record["rows"] for record in read_json_lines(RunDirectory(trained[count][0] / "run").ledger) if "rows" in record]
-        for count in (1, 2)
-    )
-    assert one == two
-
-
-def test_of_two_processes_one_speaks(trained):
-    first, second = trained[2][2]
-    assert "2 x cpu (cpu) in 2 processes, each with its part of every batch" in first
-    assert "held out" in first
-    assert not [line for line in second.splitlines() if line.startswith(("step", "held out", "---", "next:"))]
-
-
-def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(tmp_path):
-    save(settings(100_000), tmp_path / "config.json")
-    processes = start(tmp_path, 2)
-    run, until = RunDirectory(tmp_path / "run"), time.monotonic() + 100
-    while not Steps(run.checkpoints).all() and time.monotonic() < until:
-        time.sleep(0.1)
-    processes[1].send_signal(signal.SIGTERM)  # the one that does not write
-    codes, output = finish(processes)
-    assert codes == [75, 75], output
-    (stopped,) = [record for record in read_json_lines(run.events) if record["event"] == "stopped"]
-    assert "a signal to another process" in stopped["says"]
-    assert Steps(run.checkpoints).all()[-1] == stopped["step"]
-    assert Steps(run.checkpoints).verify(stopped["step"]) == []

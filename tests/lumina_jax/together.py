@@ -1,18 +1,23 @@
-"""One of several processes in which arrays are saved and restored: python -m tests.lumina_jax.together DIRECTORY SCENARIO
+"""One of several processes: python -m tests.lumina_jax.together DIRECTORY SCENARIO [ARGUMENT ...]
 
-Prints a JSON object of what it saw.
+`four` and `two` save and restore arrays, and print a JSON object of what they saw; `train` trains in DIRECTORY/run.
 """
 
 import errno
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import lumina_jax.device
+import lumina_jax.train
 from lumina.config import CheckpointConfig
+from lumina.errors import exit_with
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps
 from lumina_jax.checkpoint import Checkpoints, by_name
@@ -111,10 +116,33 @@ def two(directory):
     return seen
 
 
+def train(directory, step=0, number=0, process=0):
+    """The trainer; before `step` a process sends itself a signal, once the checkpoint before it is there."""
+    from lumina.runs import loop, processes
+
+    lumina_jax.device.matmul_peak = lambda dtype: 1e12  # a second, for a figure on the screen
+    prefetch, steps = loop.prefetch, Steps(RunDirectory(directory / "run").checkpoints)
+
+    def signalled(*arguments):
+        for at, batch in prefetch(*arguments):
+            if at + 1 == step:
+                while step - 1 not in steps.all():
+                    time.sleep(0.01)
+                if processes.part(os.environ).number == process:
+                    os.kill(os.getpid(), number)
+            yield at, batch
+
+    loop.prefetch = signalled
+    sys.argv = ["lumina_jax.train", "--config", str(directory / "config.json"), "--workdir", str(directory / "run")]
+    lumina_jax.train.main()
+
+
 def main():
+    directory, scenario, arguments = Path(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
+    if scenario == "train":
+        exit_with(lambda: train(directory, *arguments))
     join()
-    scenario = {"four": four, "two": two}[sys.argv[2]]
-    print(json.dumps(scenario(Path(sys.argv[1]))))
+    print(json.dumps({"four": four, "two": two}[scenario](directory)))
 
 
 if __name__ == "__main__":
