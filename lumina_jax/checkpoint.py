@@ -25,7 +25,7 @@ from lumina.runs.checkpoints import Record, changed, check_fits, digest_of, find
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.steps import Steps, sync_files
 from lumina_jax.digest import digests
-from lumina_jax.hosts import agreed, hear, in_any, tell
+from lumina_jax.hosts import agreed, forget, hear, in_any, tell
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.model import Variables
 from lumina_jax.step import TrainState, state_shapes
@@ -60,6 +60,8 @@ class Checkpoints(checkpoints.Checkpoints):
     def _on_host(self, state: TrainState) -> tuple[dict[str, np.ndarray], dict[str, Record], str]:
         """What this process writes. A state that is whole on every device the first process writes alone."""
         self._save = next(_SAVES)
+        if self.others and self._writes:
+            forget(f"save/{self._save - 1}")
         named = by_name(state)
         if all(leaf.is_fully_replicated for leaf in named.values()):
             named = {name: leaf.addressable_data(0) for name, leaf in named.items()}

@@ -93,6 +93,11 @@ def hear(key: str, seconds: float) -> str:
         raise TimeoutError(str(error).splitlines()[0]) from error
 
 
+def forget(keys: str) -> None:
+    """Drop all that was told under `keys`."""
+    _client().key_value_delete(f"lumina/{keys}")
+
+
 def leave_together() -> None:
     """At an end in order: wait for the first process, which may still copy a backup."""
     if _pulse is not None:

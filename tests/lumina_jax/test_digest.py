@@ -1,13 +1,16 @@
 """Digests against slow integers in Python, and the accidents that they must find."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from lumina.mesh import Sizes
-from lumina_jax.digest import digests
+from lumina_jax.digest import _sums, digests
 from lumina_jax.mesh import ROWS, mesh_of, whole
 
 RNG = np.random.default_rng(0)
@@ -102,3 +105,13 @@ def test_a_digest_does_not_depend_on_how_an_array_lies_on_devices():
     spread, copied = jax.device_put(array, NamedSharding(mesh, ROWS)), jax.device_put(array, whole(mesh))
     assert len(spread.addressable_shards[0].data) == 2
     assert digest(spread) == digest(copied) == digest(jnp.asarray(array)) == slowly(array)
+    inner = jax.device_put(array.T.copy(), NamedSharding(mesh, PartitionSpec(None, mesh.axis_names)))
+    assert digest(inner) == slowly(array.T)
+
+
+def test_no_device_gathers_what_others_have():
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), (jax.sharding.AxisType.Auto,) * 2)
+    split = NamedSharding(mesh, PartitionSpec("data", None, "fsdp"))
+    lowered = _sums.lower([jax.ShapeDtypeStruct((64, 3, 64), dtype, sharding=split) for dtype in (jnp.float32, jnp.bfloat16)])
+    gathered = re.findall(r"(\w+)\[([\d,]*)\][^=]* all-gather", lowered.compile().as_text())
+    assert all(math.prod(map(int, shape.split(","))) <= 16 for _, shape in gathered), gathered

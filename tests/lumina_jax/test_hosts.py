@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -30,38 +30,23 @@ from tests.lumina_jax.together import CONFIG, Opened, like, same_bits, values
 ROOT = Path(__file__).parents[2]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Chapter(NamedTuple):
+    """What processes did: exit codes, and what each wrote."""
+
+    codes: list[int]
+    out: list[str]
+    errors: list[str]
 
 
-def start(directory, count, devices, *scenario):
-    """`tests.lumina_jax.together` as `count` processes of so many devices each."""
-    flags = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-    if count > 1:
-        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+def play(directory, *chapters):
+    """Chapters of `tests.lumina_jax.together`, each (processes, devices of each, scenario, argument, ...)."""
+    command = [sys.executable, "-m", together.__name__, str(directory), json.dumps(chapters)]
+    played = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    assert played.returncode == 0, played.stderr
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", together.__name__, directory, *map(str, scenario)],
-            env=environment | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
+        Chapter(codes, *([path.read_text() for path in sorted(directory.glob(f"{name}-{n}-*"))] for name in ("out", "errors")))
+        for n, codes in enumerate(json.loads(played.stdout))
     ]
-
-
-def finish(processes):
-    """(exit codes, stdout, stderr) of each."""
-    try:
-        output = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], *zip(*output, strict=True)
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
@@ -69,18 +54,15 @@ def finish(processes):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """(directory, what each of two processes saw): four processes saved there, then two restored and saved."""
+    """(directory, what each of two processes saw, what it said): four processes saved there, then two restored and saved."""
     directory = tmp_path_factory.mktemp("saved")
     for name in ("run", "alone"):
         (directory / name).mkdir()
         save(CONFIG, directory / name / "config.json")
     assert Opened(directory / "alone", like((1, 8))).save(1) == ""
-    seen = []
-    for count, scenario in ((4, "four"), (2, "two")):
-        codes, out, errors = finish(start(directory, count, 4 // count, scenario))
-        assert codes == [0] * count, errors
-        seen = [json.loads(each.splitlines()[-1]) for each in out]
-    return directory, seen
+    chapters = play(directory, (4, 1, "four"), (2, 2, "two"))
+    assert [chapter.codes for chapter in chapters] == [[0] * 4, [0] * 2], chapters
+    return directory, [json.loads(each.splitlines()[-1]) for each in chapters[1].out], chapters[1].errors
 
 
 def test_what_four_processes_saved_two_restore_and_each_reads_what_its_devices_have(saved):
@@ -118,6 +100,15 @@ def test_a_disk_that_fails_in_any_process_costs_this_checkpoint_and_hangs_nobody
         f"step 4: the checkpoint could not be written ({full}); step 2 stands",
     ]
     assert [each["again"] for each in saved[1]] == [[5, True]] * 2
+
+
+def test_of_what_processes_told_each_other_for_a_checkpoint_only_the_last_is_kept(saved):
+    assert len(saved[1][0]["kept"]) == 1
+
+
+def test_one_that_fails_tells_the_others_why(saved):
+    for errors in saved[2]:
+        assert "process 1 of 2 failed: RuntimeError: planted" in errors
 
 
 @pytest.mark.parametrize("sizes", [(1, 8), (2, 4), (8, 1)])
@@ -184,16 +175,12 @@ def settings(steps):
 def story(tmp_path_factory):
     """(directory, exit codes, stdout, stderr) of each chapter: a run of four devices in one process; and the same by four
     processes, of which one is killed at step 5, then by two, of which one is asked to stop at 7, then by one again."""
-    found = {}
-    for name in ("whole", "parts"):
-        directory = tmp_path_factory.mktemp(name)
+    directories = {name: tmp_path_factory.mktemp(name) for name in ("whole", "parts")}
+    for directory in directories.values():
         save(settings(10), directory / "config.json")
-        chapters = {
-            "whole": [(1, ())],
-            "parts": [(4, (5, int(signal.SIGKILL), 2)), (2, (7, int(signal.SIGTERM), 1)), (1, ())],
-        }[name]
-        found[name] = (directory, [finish(start(directory, count, 4 // count, "train", *how)) for count, how in chapters])
-    return found
+    killed, asked = (4, 1, "train", 5, int(signal.SIGKILL), 2), (2, 2, "train", 7, int(signal.SIGTERM), 1)
+    chapters = {"whole": [(1, 4, "train")], "parts": [killed, asked, (1, 4, "train")]}
+    return {name: (directory, play(directory, *chapters[name])) for name, directory in directories.items()}
 
 
 def ledger(story, name):
@@ -206,7 +193,8 @@ def loss_of(record):
 
 def test_four_processes_then_two_then_one_have_the_ledger_of_one(story):
     for name, last in (("whole", 0), ("parts", 2)):
-        assert story[name][1][last][0] == [0], story[name][1][last][2]
+        chapter = story[name][1][last]
+        assert chapter.codes == [0], chapter.errors
     whole, parts = ledger(story, "whole"), ledger(story, "parts")
     assert [record["step"] for record in parts] == list(range(1, 11))
     assert [record["rows"] for record in parts] == [record["rows"] for record in whole]

@@ -1,11 +1,16 @@
-"""One of several processes: python -m tests.lumina_jax.together DIRECTORY SCENARIO [ARGUMENT ...]
+"""Several processes, one chapter after the other: python -m tests.lumina_jax.together DIRECTORY CHAPTERS
 
-`four` and `two` save and restore arrays, and print a JSON object of what they saw; `train` trains in DIRECTORY/run.
+A chapter is [processes, devices of each, scenario, argument, ...], the list of them JSON. Scenarios `four` and `two` save and
+restore arrays, and print a JSON object of what they saw; `train` trains in DIRECTORY/run. What process N of chapter C writes is
+in DIRECTORY/out-C-N and errors-C-N; printed are the exit codes, a list a chapter. Processes are forked: that costs no imports.
 """
 
+import ctypes
 import errno
 import json
 import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -19,13 +24,16 @@ import lumina_jax.train
 from lumina.config import CheckpointConfig
 from lumina.errors import exit_with
 from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.processes import OWN
 from lumina.runs.steps import Steps
+from lumina_jax import hosts
 from lumina_jax.checkpoint import Checkpoints, by_name
 from lumina_jax.hosts import join
 from lumina_jax.step import state_shapes
 from tests.lumina_jax.tiny import tiny
 
 CONFIG = tiny()
+PR_SET_PDEATHSIG = 1
 
 
 def values(step):
@@ -113,6 +121,10 @@ def two(directory):
     seen["failures"].append(across.save(5))
     found, manifest = across.it.restore()
     seen["again"] = [manifest["step"], same_bits(found, 5)]
+    keys = hosts._client().key_value_dir_get("lumina/save") if number == 0 else []
+    seen["kept"] = sorted({key.split("/")[2] for key, _ in keys})
+    of_another = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:1")
+    hosts.say_who_is_gone(of_another if number == 0 else RuntimeError("planted"))
     return seen
 
 
@@ -137,12 +149,36 @@ def train(directory, step=0, number=0, process=0):
     lumina_jax.train.main()
 
 
-def main():
-    directory, scenario, arguments = Path(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
+def run(directory, scenario, *arguments):
     if scenario == "train":
-        exit_with(lambda: train(directory, *arguments))
+        train(directory, *arguments)
     join()
     print(json.dumps({"four": four, "two": two}[scenario](directory)))
+
+
+def fork(directory, chapter, count, number, devices, address, scenario):
+    """The process; its id. Ends with the one that forks it."""
+    if pid := os.fork():
+        return pid
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    for name, fd in (("out", 1), ("errors", 2)):
+        os.dup2(os.open(directory / f"{name}-{chapter}-{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    if count > 1:
+        os.environ.update(zip(OWN, (address, str(count), str(number)), strict=True))
+    exit_with(lambda: run(directory, *scenario))
+    sys.exit(0)
+
+
+def main():
+    directory, codes = Path(sys.argv[1]), []
+    for chapter, (count, devices, *scenario) in enumerate(json.loads(sys.argv[2])):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{probe.getsockname()[1]}"
+        pids = [fork(directory, chapter, count, number, devices, address, scenario) for number in range(count)]
+        codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+    print(json.dumps(codes))
 
 
 if __name__ == "__main__":
