@@ -36,6 +36,12 @@ FINAL = {
     errors.OUTPUT_CLOSED: "nobody reads its output",
 }
 
+# What is most often behind a death by a signal.
+REASONS = {
+    signal.SIGKILL: " (the kernel does that when memory runs out)",
+    signal.SIGABRT: " (of several processes, JAX ends one so when another is gone)",
+}
+
 # Requests to stop, and as what they are passed on. A terminal that is gone (SIGHUP) and the warning before the end that SLURM's
 # --signal=USR1@120 asks for would end a trainer unsaved, which knows the other two alone.
 STOPS = {
@@ -106,14 +112,14 @@ def cause_of(returncode: int, seconds: float) -> str:
     """How a run of `seconds` ended, in plain words."""
     after = "after " + (f"{seconds:.0f} s" if round(seconds) < 60 else duration(seconds))
     code = exit_code(returncode)
-    memory = " (the kernel does that when memory runs out)" if code == 128 + signal.SIGKILL else ""
+    why = REASONS.get(code - 128, "")
     if returncode < 0:
-        return f"killed by {_name(-returncode)} {after}{memory}"
+        return f"killed by {_name(-returncode)} {after}{why}"
     if code == errors.STOPPED_AND_SAVED:
         return f"exit {code}: stopped and saved, {after}"
     if code in FINAL:
         return f"exit {code}: {FINAL[code]}, {after}"
-    of_signal = f", which stands for {_name(code - 128)}{memory}" if code - 128 in set(signal.Signals) else ""
+    of_signal = f", which stands for {_name(code - 128)}{why}" if code - 128 in set(signal.Signals) else ""
     return f"crashed with exit code {code} {after}{of_signal}"
 
 
