@@ -37,7 +37,7 @@ FINAL = {
 }
 
 # What is most often behind a death by a signal.
-REASONS = {
+REASONS: dict[int, str] = {
     signal.SIGKILL: " (the kernel does that when memory runs out)",
     signal.SIGABRT: " (of several processes, JAX ends one so when another is gone)",
 }

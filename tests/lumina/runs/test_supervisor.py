@@ -182,6 +182,7 @@ def test_a_restarted_command_is_told_the_cause_and_a_first_run_is_told_none(note
     ("returncode", "seconds", "cause"),
     [
         (-9, 12.3, "killed by SIGKILL after 12 s (the kernel does that when memory runs out)"),
+        (-6, 12.3, "killed by SIGABRT after 12 s (of several processes, JAX ends one so when another is gone)"),
         (-11, 59.6, "killed by SIGSEGV after 1:00"),
         (-35, 1, "killed by signal 35 after 1 s"),
         (1, 182, "crashed with exit code 1 after 3:02"),
