@@ -50,8 +50,10 @@ class Checkpoints(checkpoints.Checkpoints):
     ):
         """As of `lumina.runs.checkpoints`; `like` has shapes, dtypes and shardings of a state."""
         self._like = like
-        if jax.process_count() > 1 and any(pieces_of(leaf) for leaf in jax.tree.leaves(like)):
+        pieces = [piece for leaf in jax.tree.leaves(like) if jax.process_count() > 1 for piece, _ in pieces_of(leaf)]
+        if pieces:
             self.others = range(1, jax.process_count())
+            self.parts = frozenset(directory_of(piece.process) for piece in pieces)
         super().__init__(run, config, events, backup, jax.process_index() == 0, origin)
 
     def _bytes(self) -> int:

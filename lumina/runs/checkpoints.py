@@ -9,8 +9,9 @@ import re
 import shutil
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,6 +24,7 @@ from lumina.runs.steps import Steps
 from lumina.runs.units import gib
 
 Record = dict[str, Any]  # what the manifest says of a step: progress, ledger, fingerprints, leaves
+VISIBLE_SECONDS = 120.0  # NFS may show a directory as it was a minute ago
 ARRAYS = {"lumina_jax": "state", "lumina_torch": "model.safetensors"}  # what a step holds, by the program that wrote it
 
 
@@ -33,6 +35,7 @@ class Checkpoints(ABC):
     """
 
     others: Sequence[int] = ()  # numbers of the processes that write parts of a state beside the first
+    parts: frozenset[str] = frozenset()  # names of what they write, in a step's directory
 
     def __init__(
         self,
@@ -142,7 +145,9 @@ class Checkpoints(ABC):
         try:
             self.failure = self._hear(0)
             if not self.failure:
-                self._write_arrays(self.steps.writing(step), host)
+                directory = self.steps.writing(step)
+                require_visible(directory.parent, {directory.name})
+                self._write_arrays(directory, host)
         except Exception as error:
             self.failure = why(error)
         self._tell(self.failure)
@@ -157,17 +162,19 @@ class Checkpoints(ABC):
         self._tell("")
         return directory
 
-    def _await_others(self) -> None:
-        """Raise an OSError where one of them could not write."""
-        for process in self.others:
-            if failure := self._hear(process):
+    def _await_others(self, directory: Path) -> None:
+        """Raise an OSError where one of them could not write, or what it wrote is not here."""
+        for process, failure in [(process, self._hear(process)) for process in self.others]:
+            if failure:
                 raise OSError(f"process {process}: {failure}")
+        require_visible(directory, self.parts)
 
     def _write(self, step: int, host: Any, manifest: Record) -> None:
         """In the background: the arrays, then the commit, then what may go."""
         try:
-            self._write_arrays(self._begin(step), host)
-            self._await_others()
+            directory = self._begin(step)
+            self._write_arrays(directory, host)
+            self._await_others(directory)
             self.steps.commit(step, manifest)
         except Exception as error:  # whatever a disk makes a library raise
             self.failure = why(error)
@@ -278,6 +285,17 @@ class Checkpoints(ABC):
             path = self.steps.set_aside(step)
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             self._events.write("set aside", step, f"step {step} is damaged, now {path.name}: {wrong[0]}{more}")
+
+
+def require_visible(directory: Path, names: Set[str]) -> None:
+    """Raise an OSError unless what another process made in a directory can be seen, if not at once, soon."""
+    until = time.monotonic() + VISIBLE_SECONDS
+    while missing := names - ({each.name for each in directory.iterdir()} if names else set()):
+        if time.monotonic() > until:
+            raise OSError(
+                f"{directory / min(missing)}: made by another process, but not seen by this one; all must share the disk"
+            )
+        time.sleep(0.1)
 
 
 def find(run: RunDirectory, best: bool = False) -> int:

@@ -90,16 +90,23 @@ def test_every_process_writes_the_pieces_of_its_own(saved):
 def test_a_disk_that_fails_in_any_process_costs_this_checkpoint_and_hangs_nobody(saved):
     run = RunDirectory(saved[0] / "run")
     assert Steps(run.checkpoints).all() == [1, 2, 5]
-    first, second = (each["failures"] for each in saved[1])
+    first, second = (each["failures"][:4] for each in saved[1])
     full = "No space left on device"
     assert first == ["", f"process 1: {full}", full, ""]
     assert second == ["", full, full, ""]
-    said = [record["says"] for record in read_json_lines(run.events) if record["event"] == "save failed"]
+    said = [record["says"] for record in read_json_lines(run.events) if record["event"] == "save failed"][:2]
     assert said == [
         f"step 3: the checkpoint could not be written (process 1: {full}); step 2 stands",
         f"step 4: the checkpoint could not be written ({full}); step 2 stands",
     ]
     assert [each["again"] for each in saved[1]] == [[5, True]] * 2
+
+
+def test_what_another_process_wrote_elsewhere_or_not_at_all_is_no_checkpoint(saved):
+    (elsewhere, missing), (own, _) = (each["failures"][4:] for each in saved[1])
+    assert "elsewhere/.writing-6: made by another process, but not seen by this one; all must share the disk" in own
+    assert elsewhere == f"process 1: {own}"
+    assert ".writing-7/state.1: made by another process, but not seen" in missing
 
 
 def test_of_what_processes_told_each_other_for_a_checkpoint_only_the_last_is_kept(saved):

@@ -23,6 +23,7 @@ import lumina_jax.device
 import lumina_jax.train
 from lumina.config import CheckpointConfig
 from lumina.errors import exit_with
+from lumina.runs import checkpoints
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.processes import OWN
 from lumina.runs.steps import Steps
@@ -121,6 +122,14 @@ def two(directory):
     seen["failures"].append(across.save(5))
     found, manifest = across.it.restore()
     seen["again"] = [manifest["step"], same_bits(found, 5)]
+    checkpoints.VISIBLE_SECONDS, path = 0.5, across.it.steps.path
+    if number == 1:  # which sees another disk
+        across.it.steps.path = directory / "elsewhere"
+        across.it.steps.path.mkdir()
+    seen["failures"].append(across.save(6))
+    across.it.steps.path = path
+    across.it._write_arrays = (lambda *arguments: None) if number == 1 else write
+    seen["failures"].append(across.save(7))
     keys = hosts._client().key_value_dir_get("lumina/save") if number == 0 else []
     seen["kept"] = sorted({key.split("/")[2] for key, _ in keys})
     of_another = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllReduce failed: Connection closed by peer [127.0.0.1]:1")
