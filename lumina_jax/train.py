@@ -73,7 +73,7 @@ class Trainer:
         join()
         self.why_mesh = ""
         if config.mesh.auto:
-            config, self.why_mesh = choose(config, jax.device_count(), memory_of_each())
+            config, self.why_mesh = choose(config, jax.device_count(), agreed(memory_of_each() >> 20) << 20)
         self.config, self.mesh = config, make_mesh(config)
         self.versions, self.device = {"jax": jax.__version__}, describe(self.mesh)
         self.processes, self.part = jax.process_count(), row_blocks(self.mesh)
