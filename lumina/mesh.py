@@ -124,7 +124,7 @@ def check(config: Config, sizes: Sizes) -> None:
         axes = " x ".join(f"mesh.{axis}" for axis in ROWS if getattr(sizes, axis) > 1)
         raise ConfigError(
             f"{axes} = {parts}: train.batch_size / train.micro_batches = {rows} rows cannot be split over {parts} devices; "
-            f"use a multiple of {parts} rows, or {fits} devices"
+            f"use a multiple of {parts} rows, or {axes}={fits}"
         )
     pieces = 2 * sizes.context * sizes.tensor if sizes.context > 1 else sizes.tensor
     if T % pieces:
