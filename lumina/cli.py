@@ -42,6 +42,15 @@ def run(arguments: list[str]) -> None:
 
         explain.add(explained)
 
+    planned = commands.add_parser(
+        "plan", help="whether a config fits devices that are not at hand, and how fast it could be", allow_abbrev=False
+    )
+    planned.set_defaults(run=_plan)
+    if arguments[:1] == ["plan"]:
+        from lumina import planning
+
+        planning.add(planned)
+
     sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
     sample.add_argument(
         "run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`"
@@ -126,7 +135,7 @@ def run(arguments: list[str]) -> None:
         raise UsageError("no command; give one after --, as in `lumina run -- python -m lumina_jax.train --config b7`")
     overrides = [flag for flag in rest if flag.startswith("--config.")]
     if (unknown := [flag for flag in rest if flag not in overrides]) or (
-        overrides and known.command not in ("params", "explain")
+        overrides and known.command not in ("params", "explain", "plan")
     ):
         raise UsageError(f"{(unknown or overrides)[0]}: unknown argument; see `lumina {known.command} --help`")
     known.overrides = overrides
@@ -192,6 +201,12 @@ def _explain(arguments: argparse.Namespace) -> None:
         return forms(config, platform)
 
     tell(arguments, kernels)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from lumina.planning import tell
+
+    tell(arguments)
 
 
 def _sample(arguments: argparse.Namespace) -> None:

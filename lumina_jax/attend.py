@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lumina.errors import ConfigError
+from lumina_jax.platform import target_platform
 
 CHUNK, MOST_CHUNKS = 64, 16  # queries; chunks of a row, as each is compiled by itself
 HIDDEN = -1e30  # added to a score that a query must not see: its weight becomes an exact 0
@@ -92,7 +93,7 @@ def attend(q_BTHh, k_BTKh, v_BTKh, segments_BT, form: str = "auto"):
 
     Returns [B, T, H, h] in q's dtype. Raises ConfigError as `choose_attention` does.
     """
-    name, _ = choose_attention(form, jax.default_backend(), q_BTHh.dtype, q_BTHh.shape[1])
+    name, _ = choose_attention(form, target_platform(), q_BTHh.dtype, q_BTHh.shape[1])
     if name == "reference":
         return attend_chunk(q_BTHh, k_BTKh, v_BTKh, segments_BT, segments_BT)
     if name == "splash":

@@ -14,6 +14,7 @@ from lumina.errors import ConfigError
 from lumina_jax.attention import at_least_float32
 from lumina_jax.feedforward import ACTIVATIONS
 from lumina_jax.gather import take_rows
+from lumina_jax.platform import target_platform
 
 _read, _write = jax.lax.dynamic_slice_in_dim, jax.lax.dynamic_update_slice_in_dim
 
@@ -175,7 +176,7 @@ def blocks(x_ND, experts_Nk, weights, activation: str, sizes: tuple[int, ...] | 
 
     Weights are cast an expert at a time, and their gradients are summed in at least float32 before they are cast back.
     """
-    sizes = sizes or block_sizes(jax.default_backend(), experts_Nk.size, weights[0].shape[0])
+    sizes = sizes or block_sizes(target_platform(), experts_Nk.size, weights[0].shape[0])
     return _blocks(x_ND, experts_Nk, tuple(weights), activation, sizes)
 
 
@@ -240,6 +241,6 @@ def grouped_feedforward(x_ND, experts_Nk, weights, activation: str, form: str = 
     A form other than "auto" is run as asked; `choose_grouped` says whether that is wise on a platform.
     """
     if form == "auto":
-        form, _ = choose_grouped(form, jax.default_backend())
+        form, _ = choose_grouped(form, target_platform())
     with jax.named_scope(f"grouped_{form}"):
         return FORMS[form].run(x_ND, experts_Nk, weights, activation)

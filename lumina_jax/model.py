@@ -30,6 +30,7 @@ from lumina_jax.context import Row
 from lumina_jax.feedforward import FeedForward
 from lumina_jax.mod import MoD
 from lumina_jax.moe import MoE, RouterBias
+from lumina_jax.platform import target_platform
 from lumina_jax.sharding import ALONE, Axes, dots_alone, gathers_again
 
 # Repeats of a segment that training on a CPU compiles one by one: what the backward pass needs of a scanned layer is copied
@@ -214,7 +215,7 @@ class Transformer(nnx.Module):
             body = repeat if keeps_all else jax.checkpoint(repeat, policy=REMAT[remat])
             xs = (list(stacked), numbers_Rp, keys_RpB, caches[number] if caches is not None else None)
             few = R <= UNROLLED and keeps_all  # which outside of a loop XLA would recompute early, and keep
-            unroll = R if mode.training and few and jax.default_backend() == "cpu" else 1
+            unroll = R if mode.training and few and target_platform() == "cpu" else 1
             x_BTD, (metrics, caches_out) = jax.lax.scan(body, x_BTD, xs, unroll=unroll)
             collected += [(segment.layers(p), metrics[p]) for p in range(period)]
             new_caches.append(caches_out)

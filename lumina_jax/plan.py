@@ -1,0 +1,141 @@
+"""Compile a training step for devices that are not at hand, and tell what the compiler knows of it.
+
+`lumina plan` runs this as a process of its own, as the platform must be settled before JAX is imported: a request comes as JSON
+on standard input, the findings go as one JSON object to the file that it names. No array of the model's size is ever made.
+"""
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lumina.config import Config, from_dict
+from lumina_jax.census import census
+from lumina_jax.device import forms
+from lumina_jax.mesh import EACH, ROWS, make_mesh, shaped
+from lumina_jax.platform import compiling_for
+from lumina_jax.step import controls, make_train_step, state_shapes
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def topology_devices(layout: str, slices: int) -> list[Any]:
+    """Devices of a TPU topology that need not exist, from libtpu."""
+    from jax.experimental import topologies
+
+    more = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(layout, platform="tpu", **more).devices
+
+
+def trace_step(config: Config, devices: list[Any]) -> tuple[Any, Any]:
+    """(the step that training compiles, traced; the state as shapes with shardings)."""
+    mesh = make_mesh(config, devices)
+    shapes, graphdef = state_shapes(config)
+    state = shaped(config, mesh, shapes)
+    rows, each = (jax.sharding.NamedSharding(mesh, spec) for spec in (ROWS, EACH))
+    size = (config.train.batch_size, config.data.sequence_length)
+    batch = {
+        name: jax.ShapeDtypeStruct(size, jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
+        for name in ("inputs", "targets", "weights", "segments", "positions")
+    }
+    stop_N = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=each)
+    token_bytes = np.zeros(config.model.vocab_size, np.int32)
+    step = jax.jit(make_train_step(config, graphdef, mesh, token_bytes), donate_argnums=0)
+    return step.trace(state, batch, controls(config, True, stop_N)), state
+
+
+def state_bytes(state: Any) -> dict[str, int]:
+    """Bytes of the state that one device holds, by part, and those that it keeps in its host's memory."""
+
+    def on_one(tree: Any, away: bool = False) -> int:
+        arrays = [a for a in jax.tree.leaves(tree) if (a.sharding.memory_kind == "pinned_host") == away]
+        return sum(int(np.prod(a.sharding.shard_shape(a.shape))) * a.dtype.itemsize for a in arrays)
+
+    found = {"parameters": on_one(state.variables), "optimizer": on_one(state.optimizer)}
+    return {**found, "host": away} if (away := on_one(state, away=True)) else found
+
+
+def refused_sizes(message: str) -> dict[str, int] | None:
+    """What the TPU compiler says of a program that its memory does not hold; None if it says something else."""
+    forms = (
+        r"Used ([0-9.]+)([KMGT]?) of ([0-9.]+)([KMGT]?) hbm",
+        r"\(([0-9.]+)([KMGT]?)\) exceeds available HBM \(([0-9.]+)([KMGT]?)\)",
+    )
+    found = re.search(forms[0], message) or re.search(forms[1], message)
+    if not found:
+        return None
+    used, has = (round(float(found[i]) * UNITS[found[i + 1]]) for i in (1, 3))
+    return {"needed_bytes": used, "available_bytes": has, "over_bytes": used - has}
+
+
+def compiled_sizes(compiled: Any) -> dict[str, int]:
+    """Bytes on one device by the compiler's own account."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return {
+        "arguments": sizes.argument_size_in_bytes,
+        "results": results,
+        "temporaries": sizes.temp_size_in_bytes,
+        "program": sizes.generated_code_size_in_bytes,
+        "total": sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes + sizes.generated_code_size_in_bytes,
+    }
+
+
+def examine(config: Config, platform: str, devices: list[Any]) -> dict[str, Any]:
+    """Trace and compile the step of `config` on a mesh of `devices`; everything told is of one device and one step."""
+    began = time.perf_counter()
+    with compiling_for(platform):
+        traced, state = trace_step(config, devices)
+        counted = census(traced.jaxpr)
+        lowered = traced.lower()
+    between = time.perf_counter()
+    found: dict[str, Any] = {
+        "platform": platform,
+        "kernels": [{"what": what, "form": form, "why": why} for what, form, why in forms(config, platform)],
+        "state": state_bytes(state),
+        "traced": {
+            "flops": counted.flops,
+            "kernels": counted.kernels,
+            "collectives": [
+                {"kind": kind, "axes": list(axes), "bytes": size, "count": count}
+                for (kind, axes), (size, count) in counted.collectives.items()
+            ],
+            "constant_bytes": counted.constants,
+            "equations": counted.equations,
+        },
+        "versions": {"jax": jax.__version__},
+    }
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        refused = refused_sizes(str(error))
+        if refused is None:
+            raise
+        found["refused"] = refused
+    else:
+        found["memory"] = compiled_sizes(compiled)
+        cost = compiled.cost_analysis() or {}
+        found["cost"] = {"flops": cost.get("flops"), "bytes": cost.get("bytes accessed")}
+    found["seconds"] = {"trace": between - began, "compile": time.perf_counter() - between}
+    return found
+
+
+def main() -> None:
+    """Read a request, answer it."""
+    request = json.load(sys.stdin)
+    config = from_dict(request["config"])
+    if request["platform"] == "tpu":
+        devices = topology_devices(request["layout"], request["slices"])
+    else:
+        devices = jax.devices()[: request["devices"]]
+    Path(request["answer"]).write_text(json.dumps(examine(config, request["platform"], devices)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

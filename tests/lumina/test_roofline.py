@@ -1,0 +1,64 @@
+"""Bounds of a step's time, by hand."""
+
+import pytest
+
+from lumina.config import load, override
+from lumina.mesh import Sizes
+from lumina.roofline import bounds, executed_flops, layer_flops, model_flops, network_share, split_traffic
+from lumina.topology import parse
+from lumina.traffic import Transfer
+
+
+def test_bounds_are_work_over_what_the_datasheet_promises():
+    sizes = Sizes(data=4)
+    traffic = [Transfer("", "all_reduce", ("data",), 3_000_000_000, 1), Transfer("", "all_gather", ("data",), 3_000_000_000, 1)]
+    found = bounds(parse("v5p:2x2x1"), sizes, flops=4 * 459 * 10**12, touched=27_650_000_000, traffic=traffic)
+    assert found == pytest.approx((1.0, 0.01, 0.01, 0.0))  # 6 GB at 600 GB/s
+    assert (found.at_best, found.in_turn, found.binding) == pytest.approx((1.0, 1.02, "compute"))
+
+
+def test_a_device_that_is_half_a_chip_has_half_of_everything():
+    sizes = Sizes(data=8)
+    traffic = [Transfer("", "permute", ("data",), 300_000_000, 1)]
+    found = bounds(parse("tpu7x:2x2x1"), sizes, flops=4 * 2307 * 10**12, touched=3_690_000_000, traffic=traffic)
+    assert found == pytest.approx((1.0, 0.001, 0.001, 0.0))
+
+
+def test_the_last_axes_stay_within_a_node_and_the_first_cross():
+    sizes = Sizes(data=2, fsdp=4, tensor=4)  # 32 GPUs; a node has tensor x 2 of fsdp
+    assert network_share("all_gather", ("tensor",), sizes, 8) == 0
+    assert network_share("all_gather", ("fsdp",), sizes, 8) == pytest.approx(2 / 4)
+    assert network_share("all_reduce", ("data",), sizes, 8) == 1
+    assert network_share("all_to_all", ("fsdp",), sizes, 8) == pytest.approx((4 - 2) / 3)
+    assert network_share("all_reduce", ("data", "fsdp"), sizes, 8) == pytest.approx(4 / 8)
+    assert network_share("all_reduce", ("data", "fsdp"), sizes, 32) == 0
+
+
+def test_bytes_beyond_a_node_wait_for_the_network():
+    traffic = [Transfer("", "all_gather", ("fsdp",), 1000, 1), Transfer("", "all_gather", ("tensor",), 300, 1)]
+    assert split_traffic(traffic, Sizes(fsdp=4, tensor=4), linked=8) == pytest.approx((800, 500))
+
+
+def test_slices_are_crossed_by_the_outermost_axis():
+    sizes = Sizes(data=2, fsdp=256)
+    topology = parse("v5e:16x16*2")
+    found = bounds(topology, sizes, 1, 1, [Transfer("", "all_reduce", ("data",), 3_125_000_000, 1)])
+    assert (found.links, found.network) == pytest.approx((0.0, 1.0))
+
+
+def test_remat_adds_a_forward_pass_of_the_layers_and_none_of_the_head():
+    config = load("b14:dense")
+    plain = override(config, ["--config.train.remat=none"])
+    full = override(config, ["--config.train.remat=full"])
+    tokens = config.train.batch_size * config.data.sequence_length
+    forward = sum(layer_flops(config, "dense")) * config.model.num_layers
+    assert executed_flops(plain) == pytest.approx(model_flops(config), rel=1e-6)
+    assert executed_flops(full) - executed_flops(plain) == pytest.approx(forward * tokens, rel=1e-6)
+
+
+def test_empty_slots_of_experts_are_executed_and_are_not_the_models():
+    config = load("b14:moe")  # capacity_factor 1.25, top-1
+    plain = override(config, ["--config.train.remat=none"])
+    model, tokens = config.model, config.train.batch_size * config.data.sequence_length
+    experts = 3 * 3 * 2 * model.d_model * model.d_ff * model.num_layers * tokens
+    assert executed_flops(plain) - model_flops(config) == pytest.approx(0.25 * experts, rel=1e-3)

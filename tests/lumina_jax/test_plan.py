@@ -1,0 +1,125 @@
+"""The step that is compiled for devices that are not at hand: what is told of it, against what is there."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from lumina.config import load, override, to_dict
+from lumina.footprint import footprint
+from lumina.mesh import resolve
+from lumina.planning import environment
+from lumina.roofline import executed_flops
+from lumina.topology import parse
+from lumina_jax.census import census
+from lumina_jax.plan import examine, refused_sizes, trace_step
+from lumina_jax.platform import compiling_for, target_platform
+from tests.lumina_jax.tiny import tiny
+
+SMALL = ["--config.data.sequence_length=128", "--config.train.batch_size=16", "--config.train.micro_batches=2"]
+SPLIT = {
+    "one device": ["data=1"],
+    "data": ["data=8"],
+    "fsdp and tensor": ["data=1", "fsdp=4", "tensor=2"],
+    "expert and context": ["data=1", "expert=4", "context=2"],
+}
+
+
+@pytest.mark.parametrize("axes", SPLIT.values(), ids=SPLIT.keys())
+def test_expected_memory_is_near_the_compiled_steps(axes):
+    flags = [f"--config.mesh.{axis}" for axis in axes]
+    config = override(load("debug"), [*flags, "--config.model.mod.pattern=none", "--config.model.num_kv_heads=2"])
+    found = examine(config, "cpu", jax.devices())
+    sizes = resolve(config, 8)
+    estimate = footprint(config, sizes)
+    assert found["state"]["parameters"] == estimate.parameters
+    assert found["state"]["optimizer"] == pytest.approx(estimate.optimizer, rel=1e-3)  # it counts its steps too
+    assert found["memory"]["total"] - found["memory"]["program"] == pytest.approx(estimate.total, rel=0.15)
+
+
+def test_no_array_of_the_models_size_is_made_and_none_is_embedded():
+    config = override(load("b300"), ["--config.mesh.data=1", "--config.data.sequence_length=1024"])
+    before = {id(array) for array in jax.live_arrays()}
+    traced, state = trace_step(config, jax.devices()[:1])
+    assert sum(a.size for a in jax.tree.leaves(state.variables)) > 2e12
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(state))
+    assert sum(a.nbytes for a in jax.live_arrays() if id(a) not in before) < 1e6
+    assert census(traced.jaxpr).constants <= 4 * config.model.vocab_size  # bytes of text a token stands for
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("kind", ["dense", "moe+mod"])
+def test_our_count_of_products_is_that_of_the_traced_step(kind, remat):
+    config = tiny(kind, model={"attention_form": "reference"}, remat=remat)
+    T = config.data.sequence_length
+    traced, _ = trace_step(override(config, ["--config.mesh.data=1"]), jax.devices()[:1])
+    # The reference computes all scores, of which a causal count has (T + 1) / 2T.
+    passes = 4 if remat == "full" else 3
+    model, tokens = config.model, config.train.batch_size * T
+    hidden = passes * model.num_layers * tokens * 4 * model.num_heads * model.head_dim * (T - 1) / 2
+    assert census(traced.jaxpr).flops == pytest.approx(executed_flops(config) + hidden, rel=0.01)
+
+
+def test_a_deep_model_is_no_longer_program_than_a_shallow_one():
+    def equations(layers):
+        flags = [f"--config.model.num_layers={layers}", "--config.train.remat=full", "--config.mesh.data=1"]
+        return census(trace_step(override(load("debug"), flags), jax.devices()[:1])[0].jaxpr).equations
+
+    assert equations(120) <= 1.3 * equations(8)
+
+
+def test_kernels_are_those_of_the_platform_that_is_compiled_for():
+    assert target_platform() == "cpu"
+    config = override(load("debug"), ["--config.mesh.data=1"])
+    with compiling_for("tpu"):
+        assert target_platform() == "tpu"
+        kernels = census(trace_step(config, jax.devices()[:1])[0].jaxpr).kernels
+    assert target_platform() == "cpu"
+    assert sum("fwd" in name for name in kernels) == 1
+    assert kernels[next(name for name in kernels if "fwd" in name)] == config.model.num_layers
+    assert not census(trace_step(config, jax.devices()[:1])[0].jaxpr).kernels
+
+
+@pytest.mark.parametrize(
+    ("message", "sizes"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (167.28G) exceeds "
+            "available HBM (15.75G).",
+            (167.28, 15.75),
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 113.40G of 95.74G "
+            "hbm. Exceeded hbm capacity by 17.66G.",
+            (113.40, 95.74),
+        ),
+    ],
+)
+def test_a_refusal_for_memory_tells_the_sizes(message, sizes):
+    found = refused_sizes(message)
+    assert found is not None
+    assert (found["needed_bytes"] / 2**30, found["available_bytes"] / 2**30) == pytest.approx(sizes)
+    assert found["over_bytes"] == found["needed_bytes"] - found["available_bytes"]
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory():
+    assert refused_sizes("INVALID_ARGUMENT: Mosaic failed to compile TPU kernel") is None
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("libtpu"), reason="compiling for TPU needs libtpu: pip install 'lumina[tpu]'")
+def test_a_step_is_compiled_for_a_tpu_that_is_not_there(tmp_path):
+    topology = parse("v5e:2x2")
+    config = override(load("debug"), ["--config.mesh.data=2", "--config.mesh.expert=2"])
+    answer = Path(tmp_path, "answer.json")
+    request = {"config": to_dict(config), "platform": "tpu", "layout": topology.layout, "slices": 1, "answer": str(answer)}
+    command = [sys.executable, "-m", "lumina_jax.plan"]
+    subprocess.run(command, input=json.dumps(request), env=environment(topology), text=True, check=True, capture_output=True)
+    found = json.loads(answer.read_text(encoding="utf-8"))
+    assert found["memory"]["arguments"] > sum(found["state"].values()) * 0.99
+    assert any("splash" in name for name in found["traced"]["kernels"])
+    assert "JAX_PLATFORMS" not in os.environ or os.environ["JAX_PLATFORMS"] == "cpu"
