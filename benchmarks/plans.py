@@ -1,6 +1,6 @@
 """The plan of every preset: make plans   (compiles each for its topology, a few minutes apiece; needs libtpu, but no TPU)
 
-Plans are kept in docs/plans.json as they are made, so that a run that was stopped goes on; `--again NAME` makes some anew.
+Plans are kept in docs/plans.json as they are made, so that a run that was stopped goes on; `ARGS=b14` makes some anew.
 Writes docs/plans.md. `--write` compiles nothing.
 """
 
@@ -52,7 +52,7 @@ class Planned(NamedTuple):
 
 PLANS = [
     Planned("debug", "v5e:2x2", {"expert": 4}, 1),
-    Planned("debug_200m", "v6e:2x2", {"fsdp": 4}, 32),
+    Planned("debug_200m", "v6e:2x4", {"fsdp": 8}, 8),
     Planned("b1", "v5e:4x8", {"fsdp": 32}, 4),
     Planned("b7", "v5p:2x4x4", {"fsdp": 32}, 16),
     Planned("b14", "v5p:4x4x4", {"fsdp": 64}, 4),
@@ -60,7 +60,7 @@ PLANS = [
     Planned("b30", "v5p:4x4x8", {"fsdp": 32, "expert": 4}, 8),
     Planned("b50", "v5p:4x8x8", {"fsdp": 16, "context": 2, "tensor": 8}, 4),
     Planned("b100", "v5p:8x8x16", {"fsdp": 32, "context": 4, "tensor": 8}, 2),
-    Planned("b200", "v5p:8x8x8", {"fsdp": 16, "context": 4, "tensor": 8}, 1),
+    Planned("b200", "v5p:8x16x20", {"fsdp": 16, "context": 20, "tensor": 8}, 1),
     Planned("b300", "v5p:8x16x16", {"fsdp": 32, "context": 16, "tensor": 4}, 3),
 ]
 SCALED = "b14"  # what its chips send from 64 of them to 4,096
@@ -70,14 +70,14 @@ CHIPS_OF = ("v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16", "v
 def main() -> None:
     """Make the plans that there are none of yet, and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="append", default=[], metavar="NAME", help="make this preset's plans anew, or `all`")
+    parser.add_argument("presets", nargs="*", help="make the plans of these (default: those that there are none of yet)")
     parser.add_argument("--write", action="store_true", help="compile nothing: write the page of the plans that there are")
     arguments = parser.parse_args()
     kept: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
     kept = {each.name: kept[each.name] for each in PLANS if each.name in kept and kept[each.name]["flags"] == each.flags}
     for each in PLANS:
-        again = each.preset in arguments.again or "all" in arguments.again
-        if arguments.write or (each.name in kept and not again):
+        wanted = each.preset in arguments.presets if arguments.presets else each.name not in kept
+        if arguments.write or not wanted:
             continue
         print(each.name, file=sys.stderr)
         found = plan(override(load(each.preset), each.flags), parse(each.topology))
