@@ -10,7 +10,7 @@ BIN := $(VENV)/bin/python
 PIP := $(BIN) -m pip --disable-pip-version-check install --quiet --constraint requirements.lock
 LOCKED := pyproject.toml requirements.lock
 
-.PHONY: help setup setup-dev train test parity check mutants faults format bench lock hooks clean
+.PHONY: help setup setup-dev train test parity check mutants faults format bench plans lock hooks clean
 .NOTPARALLEL:
 
 help: ## list these tasks
@@ -49,6 +49,9 @@ format: $(VENV)/.dev ## format the code, and sort its imports
 bench: $(VENV)/.core ## time the train step; prints JSON
 	$(BIN) benchmarks/train_step.py $(ARGS)
 
+plans: $(VENV)/.core build/libtpu/.made ## compile every preset for its TPUs, and write docs/plans.md; ARGS=b14 makes some anew
+	PYTHONPATH=build/libtpu $(BIN) benchmarks/plans.py $(ARGS)
+
 lock: build/uv/bin/uv ## update requirements.lock to fit pyproject.toml; ARGS=--upgrade takes newer versions
 	build/uv/bin/uv pip compile pyproject.toml --output-file requirements.lock --quiet $(ARGS) \
 	    --universal --python-version 3.11 --extra dev --extra torch --extra gpu --extra tpu --no-annotate \
@@ -86,6 +89,11 @@ $(VENV)/.dev: $(LOCKED) | $(VENV)/.made
 	@echo "Installing what training, tests and checks need into $(VENV): a few minutes and 2 GB, the first time."
 	@$(PIP) --editable '.[dev,torch]'
 	@touch $(VENV)/.core $@
+
+# Beside $(VENV), where JAX would look for a TPU whenever it starts.
+build/libtpu/.made: requirements.lock | $(VENV)/.made
+	$(PIP) --target build/libtpu libtpu --no-deps
+	@touch $@
 
 build/uv/bin/uv: | $(VENV)/.made
 	$(BIN) -m venv build/uv

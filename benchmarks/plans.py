@@ -31,6 +31,7 @@ class Planned(NamedTuple):
     topology: str
     mesh: dict[str, int]
     micro_batches: int
+    more: tuple[str, ...] = ()  # flags, where the preset itself cannot be
 
     @property
     def name(self) -> str:
@@ -43,6 +44,7 @@ class Planned(NamedTuple):
         return [
             *(f"--config.mesh.{axis}={size}" for axis, size in sizes.items()),
             f"--config.train.micro_batches={self.micro_batches}",
+            *self.more,
         ]
 
     @property
@@ -60,7 +62,8 @@ PLANS = [
     Planned("b30", "v5p:4x4x8", {"fsdp": 32, "expert": 4}, 8),
     Planned("b50", "v5p:4x8x8", {"fsdp": 16, "context": 2, "tensor": 8}, 4),
     Planned("b100", "v5p:8x8x16", {"fsdp": 32, "context": 4, "tensor": 8}, 2),
-    Planned("b200", "v5p:8x16x20", {"fsdp": 16, "context": 20, "tensor": 8}, 1),
+    # A million tokens are 2^6 x 5^6: with 16 rows they can be split over 512 devices at most, which do not hold them. 2^20 can.
+    Planned("b200", "v5p:16x16x16", {"fsdp": 16, "context": 32, "tensor": 8}, 1, ("--config.data.sequence_length=1048576",)),
     Planned("b300", "v5p:8x16x16", {"fsdp": 32, "context": 16, "tensor": 4}, 3),
 ]
 SCALED = "b14"  # what its chips send from 64 of them to 4,096
@@ -70,13 +73,15 @@ CHIPS_OF = ("v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16", "v
 def main() -> None:
     """Make the plans that there are none of yet, and the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", help="make the plans of these (default: those that there are none of yet)")
+    parser.add_argument(
+        "plans", nargs="*", help="presets, or 'b14 on v5p:4x4x4', to plan anew (default: those that there are none of yet)"
+    )
     parser.add_argument("--write", action="store_true", help="compile nothing: write the page of the plans that there are")
     arguments = parser.parse_args()
     kept: dict[str, Any] = json.loads(KEPT.read_text(encoding="utf-8")) if KEPT.is_file() else {}
     kept = {each.name: kept[each.name] for each in PLANS if each.name in kept and kept[each.name]["flags"] == each.flags}
     for each in PLANS:
-        wanted = each.preset in arguments.presets if arguments.presets else each.name not in kept
+        wanted = {each.preset, each.name} & set(arguments.plans) if arguments.plans else each.name not in kept
         if arguments.write or not wanted:
             continue
         print(each.name, file=sys.stderr)

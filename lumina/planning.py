@@ -20,7 +20,7 @@ from lumina.config import Config, MeshConfig, load, override, to_dict
 from lumina.errors import ConfigError, UsageError
 from lumina.footprint import Footprint, footprint
 from lumina.layout import Rates, choose
-from lumina.mesh import resolve
+from lumina.mesh import AXES, resolve
 from lumina.roofline import Bounds, attention_flops, bounds, executed_flops, model_flops, touched_bytes
 from lumina.search import search, usable
 from lumina.topology import Topology
@@ -130,8 +130,8 @@ def rates(topology: Topology) -> Rates | None:
 
 def with_mesh(config: Config, topology: Topology) -> tuple[Config, str]:
     """`config` with a mesh chosen for the topology where it names none, and why; a mesh that it names is taken as it is."""
-    named = any(getattr(config.mesh, axis) != default for axis, default in MeshConfig().__dict__.items() if axis != "auto")
-    if (named and not config.mesh.auto) or not topology.chip.device_memory:
+    named = any(getattr(config.mesh, axis) != getattr(MeshConfig(), axis) for axis in AXES)
+    if named or not topology.chip.device_memory:
         return config, ""
     return choose(config, topology.devices, topology.chip.device_memory, rates(topology))
 

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lumina.architecture import block_tensors, capacity, counts, expert_capacity, layer_kinds, tensor_groups, use_of
+from lumina.architecture import block_tensors, capacity, counts, expert_capacity, layer_kinds, layer_plan, tensor_groups, use_of
 from lumina.config import Config
 from lumina.footprint import Footprint
 from lumina.mesh import AXES, Sizes
@@ -58,6 +58,9 @@ def executed_flops(config: Config) -> int:
         a_token += passes * (products + attention + experts)
         if remat == "dots":  # keeps products with weights, but neither attention's nor those of experts, which are batched
             a_token += attention + experts
+    if remat == "full":  # what a layer adds to the residual is not needed again, unless a gate has been multiplied with it
+        for segment in layer_plan(layer_kinds(model)):
+            a_token -= segment.repeats * 2 * model.d_ff * model.d_model * (segment.kinds[-1] == "dense")
     return round(a_token * config.train.batch_size * config.data.sequence_length)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from lumina.config import Config, from_dict
 from lumina_jax.census import census
@@ -33,21 +34,25 @@ def topology_devices(layout: str, slices: int) -> list[Any]:
     return topologies.get_topology_desc(layout, platform="tpu", **more).devices
 
 
-def trace_step(config: Config, devices: list[Any]) -> tuple[Any, Any]:
-    """(the step that training compiles, traced; the state as shapes with shardings)."""
-    mesh = make_mesh(config, devices)
-    shapes, graphdef = state_shapes(config)
-    state = shaped(config, mesh, shapes)
-    rows, each = (jax.sharding.NamedSharding(mesh, spec) for spec in (ROWS, EACH))
+def step_inputs(config: Config, mesh: Mesh) -> tuple[Any, dict[str, Any], Any]:
+    """(state, batch, controls) of a training step, as shapes with shardings: nothing is made."""
+    state = shaped(config, mesh, state_shapes(config)[0])
+    rows, each = (NamedSharding(mesh, spec) for spec in (ROWS, EACH))
     size = (config.train.batch_size, config.data.sequence_length)
     batch = {
         name: jax.ShapeDtypeStruct(size, jnp.float32 if name == "weights" else jnp.int32, sharding=rows)
         for name in ("inputs", "targets", "weights", "segments", "positions")
     }
-    stop_N = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=each)
+    return state, batch, controls(config, True, jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=each))
+
+
+def trace_step(config: Config, devices: list[Any]) -> tuple[Any, Any]:
+    """(the step that training compiles, traced; the state as shapes with shardings)."""
+    mesh = make_mesh(config, devices)
+    inputs = step_inputs(config, mesh)
     token_bytes = np.zeros(config.model.vocab_size, np.int32)
-    step = jax.jit(make_train_step(config, graphdef, mesh, token_bytes), donate_argnums=0)
-    return step.trace(state, batch, controls(config, True, stop_N)), state
+    step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh, token_bytes), donate_argnums=0)
+    return step.trace(*inputs), inputs[0]
 
 
 def state_bytes(state: Any) -> dict[str, int]:

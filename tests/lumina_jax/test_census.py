@@ -20,8 +20,9 @@ def test_a_product_counts_two_for_each_multiplication_and_addition():
 
 def test_the_body_of_a_loop_counts_as_often_as_it_runs():
     def looped(a):
-        step = lambda x, _: (x @ a, None)
-        inner = lambda x, _: (jax.lax.scan(step, x, None, length=3)[0], None)
+        def inner(x, _):
+            return jax.lax.scan(lambda y, _: (y @ a, None), x, None, length=3)[0], None
+
         return jax.lax.scan(inner, a, None, length=4)[0]
 
     found = counted(looped, (8, 8))
