@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from lumina_jax.attend import HIDDEN, attend, choose_attention, scaled, splash_block, splash_sizes, wide_dtype, with_splash
 from lumina_jax.gather import pick_rows, take_rows
+from lumina_jax.platform import target_platform
 
 AXIS = "context"
 BLOCK = 1024  # tokens of a block at most: what bounds the scores that exist at a time
@@ -165,7 +166,7 @@ def attend_context(q_BtHh, k_BtKh, v_BtKh, segments_BT, row: Row, form: str = "a
     """
     if row.n == 1:
         return attend(q_BtHh, k_BtKh, v_BtKh, segments_BT, form)
-    name, _ = choose_attention(form, jax.default_backend(), q_BtHh.dtype, row.tokens, row.n)
+    name, _ = choose_attention(form, target_platform(), q_BtHh.dtype, row.tokens, row.n)
     if name == "splash":
         return attend_context_splash(q_BtHh, k_BtKh, v_BtKh, segments_BT, row)
     return attend_context_chunked(q_BtHh, k_BtKh, v_BtKh, segments_BT, row)

@@ -38,7 +38,7 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh:
 
 def mesh_of(sizes: Sizes, devices: Any) -> Mesh:
     """A mesh of these devices: its axes along the wires of a TPU, `data` over its slices; elsewhere in their order."""
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 0
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 0
     if sizes.data % max(slices, 1):
         raise ConfigError(f"mesh.data = {sizes.data}: must be a multiple of {slices}, the slices that a network joins")
     if slices > 1:
