@@ -101,6 +101,7 @@ def page(kept: dict[str, Any]) -> str:
         "Times are bounds: no step is faster, and a real one is slower.",
         "## Where each fits",
         fits(plans),
+        *missing(kept),
         "## Bytes on a device",
         "In GiB. Parameters and optimizer are exact; the rest the compiler tells only together. Estimates are of "
         "[lumina/footprint.py](../lumina/footprint.py).",
@@ -111,7 +112,8 @@ def page(kept: dict[str, Any]) -> str:
         "kernels by our formula. The compiler counts the body of a loop once and a kernel as nothing.",
         flops(plans),
         "## What a device sends in a step",
-        "In GB, by our account ([lumina/traffic.py](../lumina/traffic.py)) and, in brackets, as counted in the traced program.",
+        "In GB, by our account ([lumina/traffic.py](../lumina/traffic.py)) and, in brackets, as counted in the traced program, "
+        "where a ring that stops as soon as all have theirs counts one round.",
         sent(plans),
         f"## What a chip sends, from 64 chips to 4,096: {SCALED}",
         "By our account alone, with the mesh that `mesh.auto` chooses for each number of v5p chips.",
@@ -126,6 +128,12 @@ def page(kept: dict[str, Any]) -> str:
         constants(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def missing(kept: dict[str, Any]) -> list[str]:
+    """What there is no plan of, in words."""
+    names = ", ".join(each.name for each in PLANS if each.name not in kept)
+    return [f"Not compiled yet: {names}. `make plans` does."] if names else []
 
 
 def table(rows: list[list[str]]) -> str:

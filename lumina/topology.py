@@ -64,7 +64,7 @@ CHIPS = {
             300,
             0,
             (3, 4096, 2),
-            f"{CLOUD}v4; links: Jouppi et al., TPU v4 (ISCA 2023), table 4: 6 x 50 GB/s",
+            f"{CLOUD}v4; links: Jouppi et al., TPU v4 (ISCA 2023): 6 of 50 GB/s",
         ),
         _tpu("v5e", 197, 16, 819, 200, 25, (2, 256, 1), f"{CLOUD}v5e: 400 GBps both ways, 6.4 Tbps of network a pod of 256"),
         _tpu("v5p", 459, 95, 2765, 600, 50, (3, 6144, 1), f"{CLOUD}v5p: 1200 GBps both ways"),
