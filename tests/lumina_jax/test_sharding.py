@@ -201,7 +201,7 @@ def test_what_a_device_keeps_is_what_the_rules_say():
     for name, array in by_canonical_name(config.model, _initial(config).variables.params).items():
         assert np.array_equal(found[name], array)  # values do not depend on the mesh
     # D 32 over fsdp x expert, or over fsdp alone for experts; 4 heads, 24 of F and V over tensor; 4 experts over expert.
-    second, moments = state.variables.params["segments"][1][0], state.optimizer[1].mu["segments"][1][0]
+    second, moments = state.variables.params["segments"][0][1], state.optimizer[1].mu["segments"][0][1]
     for of in (second, moments):
         assert of["attention"]["query"].addressable_shards[0].data.shape == (1, 8, 2, 8)
         assert of["moe"]["experts"]["gate"].addressable_shards[0].data.shape == (1, 2, 16, 12)
