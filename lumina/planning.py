@@ -27,6 +27,7 @@ from lumina.topology import Topology
 from lumina.traffic import transfers
 
 COMPILER = "lumina_jax.plan"  # a program, not an import
+USUAL = "of half a minute for small models to eight for large ones"  # measured on two busy cores
 SHOWN = 8  # ways to split that a search tells
 INSTALL = "pip install 'lumina[tpu]'"
 
@@ -112,9 +113,9 @@ def _wait(process: subprocess.Popen, what: str, expected: float | None) -> None:
         if passed < 3 or (not terminal and passed - told < 30):
             continue
         told = passed
-        left = f", about {max(0, expected - passed):.0f} s left" if expected else ""
+        left = f"about {max(0, expected - passed):.0f} s left" if expected else USUAL
         start, end = ("\r", "") if terminal else ("", "\n")
-        print(f"{start}{what}: {passed:.0f} s{left}   ", end=end, file=sys.stderr, flush=True)
+        print(f"{start}{what}: {passed:.0f} s, {left}   ", end=end, file=sys.stderr, flush=True)
     if terminal and told:
         print(file=sys.stderr)
 

@@ -40,7 +40,7 @@ def search(config: Config, topology: Topology, usable: int) -> list[Candidate]:
     flat = config.model.moe.pattern == "none"  # without experts their axis does what fsdp does
     found = []
     for sizes in candidates(config, topology.devices):
-        if flat and sizes.expert > 1:
+        if (flat and sizes.expert > 1) or sizes.data % topology.slices:  # `data` alone goes over the network of slices
             continue
         counts = micro_batches(config, sizes)[:MOST]
         for remat in REMAT:
