@@ -62,10 +62,13 @@ PLANS = [
     Planned("b30", "v5p:4x4x8", {"fsdp": 32, "expert": 4}, 8),
     Planned("b50", "v5p:4x8x8", {"fsdp": 16, "context": 2, "tensor": 8}, 4),
     Planned("b100", "v5p:8x8x16", {"fsdp": 32, "context": 4, "tensor": 8}, 2),
-    # A million tokens are 2^6 x 5^6: with 16 rows they can be split over 512 devices at most, which do not hold them. 2^20 can.
     Planned("b200", "v5p:16x16x16", {"fsdp": 16, "context": 32, "tensor": 8}, 1, ("--config.data.sequence_length=1048576",)),
     Planned("b300", "v5p:8x16x16", {"fsdp": 32, "context": 16, "tensor": 4}, 3),
 ]
+LONGER = (
+    "b200 is planned with rows of 1,048,576 tokens. Its own 1,000,000 are 2^6 x 5^6, so that `mesh.context` x `mesh.tensor` can be "
+    "32 at most, and with 16 rows in a batch there is no mesh of more than 512 devices; those need 228 GiB each by our estimate."
+)
 SCALED = "b14"  # what its chips send from 64 of them to 4,096
 CHIPS_OF = ("v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16", "v5p:8x16x16", "v5p:16x16x16")
 
@@ -101,6 +104,7 @@ def page(kept: dict[str, Any]) -> str:
         "Times are bounds: no step is faster, and a real one is slower.",
         "## Where each fits",
         fits(plans),
+        LONGER,
         *missing(kept),
         "## Bytes on a device",
         "In GiB. Parameters and optimizer are exact; the rest the compiler tells only together. Estimates are of "
