@@ -4,15 +4,15 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from lumina.config import load
 from lumina.mesh import AXES, Sizes
-from lumina_jax.mesh import EACH, ROWS, mesh_of, place_each, place_rows, shaped, shardings
+from lumina_jax.mesh import mesh_of, place_each, place_rows, shardings
 from lumina_jax.model import by_canonical_name
+from lumina_jax.plan import step_inputs
 from lumina_jax.step import controls, init_state, make_eval_step, make_train_step, state_shapes
 from parity_tests.lanes import record
 from tests.lumina_jax.tiny import V, random_batch, tiny
@@ -123,17 +123,6 @@ def test_in_float32_gradients_stay_within_the_lane(name):
 # ------------------------------------------------------------------------------------------------------ what is sent
 
 
-def _shapes(config, mesh):
-    """What a step is called with, as shapes with shardings."""
-    B, T = config.train.batch_size, config.data.sequence_length
-    rows = NamedSharding(mesh, ROWS)
-    names = ("inputs", "targets", "segments", "positions")
-    batch = {name: jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows) for name in names}
-    batch["weights"] = jax.ShapeDtypeStruct((B, T), jnp.float32, sharding=rows)
-    each = jax.ShapeDtypeStruct((mesh.size,), jnp.int32, sharding=NamedSharding(mesh, EACH))
-    return shaped(config, mesh, state_shapes(config)[0]), batch, controls(config, True, each)
-
-
 @functools.cache
 def sent(preset, sizes, **train):
     """(kind, type of its result) of each collective in the step of `preset`, lowered for a mesh of no devices."""
@@ -141,7 +130,7 @@ def sent(preset, sizes, **train):
     config.train.batch_size, config.train.micro_batches = 2 * sizes.row_parts, 2
     mesh = AbstractMesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh))
-    text = step.trace(*_shapes(config, mesh)).lower(lowering_platforms=("tpu",)).as_text()
+    text = step.trace(*step_inputs(config, mesh)).lower(lowering_platforms=("tpu",)).as_text()
     kinds = "all_gather|reduce_scatter|all_to_all|all_reduce|collective_permute"
     return re.findall(rf'"stablehlo\.({kinds})".*?-> tensor<([^>]*)>', text, re.DOTALL)
 
