@@ -142,7 +142,7 @@ class MeshConfig:
     expert: int = 1  # splits the rows of a batch, and the experts: tokens travel to them
     context: int = 1  # splits each row, for long ones
     tensor: int = 1  # splits heads and feed-forward width
-    auto: bool = False  # choose the axes for the devices at hand, their memory and the model, and say why
+    auto: bool = False  # where no axis is set: choose them, and train.micro_batches, for the devices and their memory; say why
 
 
 @dataclass

@@ -2,16 +2,18 @@
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lumina import mesh
 from lumina.architecture import Group, counts, layer_kinds, layer_plan, numbered, tensor_groups
-from lumina.config import Config, load, override
+from lumina.config import Config, MeshConfig, load, override
 from lumina.errors import UsageError
 from lumina.footprint import footprint
 from lumina.layout import choose
-from lumina.mesh import AXES, ROWS, RULES, Sizes
+from lumina.mesh import AXES, ROWS, RULES, SEQUENCE, Sizes
 from lumina.runs.units import gib, si
 from lumina.traffic import FLOAT32, Transfer, gathered_over, layer_transfers, stored, transfers
 
@@ -45,13 +47,14 @@ def tell(arguments: argparse.Namespace, kernels: Kernels) -> None:
     devices = arguments.devices or named
     if arguments.memory is not None:
         config, why = choose(config, devices, int(arguments.memory * 2**30))
-    elif config.mesh.auto and devices > 1:
+    elif config.mesh.auto and devices > 1 and not mesh.named(config.mesh):
         raise UsageError("mesh.auto = True: needs the memory of a device to choose by; give it, as in --memory 80")
-    elif config.mesh.auto:
+    elif config.mesh.auto and not mesh.named(config.mesh):
         why = "mesh.auto: the mesh is chosen for the devices at hand; --devices and --memory tell which"
     sizes = mesh.resolve(config, devices)
     if sizes.devices % arguments.hosts:
         raise UsageError(f"--hosts = {arguments.hosts}: must divide the {sizes.devices} devices of the mesh")
+    config = replace(config, mesh=MeshConfig(**sizes._asdict()))
     found = explain(config, sizes, arguments.hosts, kernels(config, arguments.platform))
     found = {"config": arguments.config, "platform": arguments.platform, "chosen": why, **found}
     print(json.dumps(found, indent=2) if arguments.json else text(found))
@@ -120,14 +123,16 @@ def _plain(found: list[Transfer]) -> list[dict[str, Any]]:
 def batch_path(config: Config, sizes: Sizes, hosts: int) -> dict[str, int]:
     """Where the rows of a step go, in numbers."""
     train, T, parts = config.train, config.data.sequence_length, sizes.row_parts
-    apart = min(hosts, parts)  # hosts that have other rows than each other; `context` and `tensor` may span several
+    each, same = sizes.devices // hosts, sizes.along(SEQUENCE)
+    # Devices are in the mesh's order; those along `context` and `tensor`, which may span several hosts, have the same rows.
+    read = [set(range(host * each // same, ((host + 1) * each - 1) // same + 1)) for host in range(hosts)]
     return {
         "rows": train.batch_size,
         "tokens": train.batch_size * T,
         "sequence_length": T,
         "hosts": hosts,
-        "rows_per_host": train.batch_size // apart,
-        "hosts_per_row": max(1, hosts // parts),
+        "rows_per_host": max(map(len, read)) * train.batch_size // parts,
+        "hosts_per_row": max(Counter(part for of_host in read for part in of_host).values()),
         "row_parts": parts,
         "rows_per_device": train.batch_size // parts,
         "micro_batches": train.micro_batches,

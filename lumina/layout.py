@@ -57,9 +57,10 @@ def candidates(config: Config, devices: int) -> list[Sizes]:
 
 
 def micro_batches(config: Config, sizes: Sizes) -> list[int]:
-    """Every number of micro-batches whose rows can be split so, fewest first."""
-    rows = config.train.batch_size // sizes.row_parts
-    return [count for count in range(1, rows + 1) if rows % count == 0]
+    """Every number of micro-batches whose rows can be split so, fewest first; where balance is over one, the one asked for."""
+    rows, moe = config.train.batch_size // sizes.row_parts, config.model.moe
+    decided = moe.balance_over == "micro_batch" and moe.pattern != "none"
+    return [n for n in range(1, rows + 1) if rows % n == 0 and (not decided or n == config.train.micro_batches)]
 
 
 def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None = None) -> tuple[Config, str]:
@@ -71,7 +72,7 @@ def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None 
     Raises ConfigError where no layout fits, or the devices cannot split the model at all.
     """
     usable = int(memory_bytes * SHARE)
-    meshes = candidates(config, devices)
+    meshes = [sizes for sizes in candidates(config, devices) if micro_batches(config, sizes)]
     if config.model.moe.pattern == "none":  # without experts their axis does what fsdp does
         meshes = [sizes for sizes in meshes if sizes.expert == 1] or meshes
     found = sorted((_best(config, sizes, usable, rates) for sizes in meshes), key=lambda one: one.rank)
@@ -120,8 +121,8 @@ def _best(config: Config, sizes: Sizes, usable: int, rates: Rates | None) -> Lay
         return footprint(divided(count), sizes).total
 
     allowed = micro_batches(config, sizes)
-    count = 1
-    if needed(1) > usable and len(allowed) > 1:  # from two on there is a second gradient, and the more, the fewer rows at once
+    count = allowed[0]
+    if needed(count) > usable and len(allowed) > 1:  # from two on there is a second gradient
         several = allowed[1:]
         first = bisect.bisect_left(several, True, key=lambda count: needed(count) <= usable)
         count = several[min(first, len(several) - 1)]

@@ -96,6 +96,11 @@ def resolve(config: Config, devices: int) -> Sizes:
     return sizes
 
 
+def named(mesh: MeshConfig) -> bool:
+    """Whether any axis was set: then `mesh.auto` chooses none."""
+    return any(getattr(mesh, axis) != getattr(MeshConfig(), axis) for axis in AXES)
+
+
 def fill(mesh: MeshConfig, devices: int) -> Sizes:
     """The sizes with -1 replaced by what is left. Raises ConfigError where the devices are not enough or do not divide."""
     given = Sizes(*(getattr(mesh, axis) for axis in AXES))

@@ -16,11 +16,11 @@ from typing import Any
 
 from lumina import plan_text
 from lumina import topology as topologies
-from lumina.config import Config, MeshConfig, load, override, to_dict
+from lumina.config import Config, load, override, to_dict
 from lumina.errors import ConfigError, UsageError
 from lumina.footprint import Footprint, footprint
 from lumina.layout import Rates, choose
-from lumina.mesh import AXES, resolve
+from lumina.mesh import named, resolve
 from lumina.roofline import Bounds, attention_flops, bounds, executed_flops, model_flops, touched_bytes
 from lumina.search import search, usable
 from lumina.topology import Topology
@@ -131,8 +131,7 @@ def rates(topology: Topology) -> Rates | None:
 
 def with_mesh(config: Config, topology: Topology) -> tuple[Config, str]:
     """`config` with a mesh chosen for the topology where it names none, and why; a mesh that it names is taken as it is."""
-    named = any(getattr(config.mesh, axis) != getattr(MeshConfig(), axis) for axis in AXES)
-    if named or not topology.chip.device_memory:
+    if named(config.mesh) or not topology.chip.device_memory:
         return config, ""
     return choose(config, topology.devices, topology.chip.device_memory, rates(topology))
 

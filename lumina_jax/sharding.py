@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lumina.architecture import Tensor
 from lumina.mesh import AXES, GATHERED, RULES, Sizes
 
-GATHER = "all_gather"  # the primitive, by its name
+NOT_KEPT = ("all_gather", "convert_element_type")  # primitives by name
 
 
 class Axes(Sizes):
@@ -93,8 +93,9 @@ _gathered.defvjp(_forward, _backward)
 
 
 def gathers_again(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of `jax.checkpoint`: all is kept for the backward pass but what was gathered, which would be whole weights."""
-    return primitive.name != GATHER
+    """A policy of `jax.checkpoint`: all is kept for the backward pass but what was gathered or cast: that would be whole
+    weights, casts of their parts, and float32 copies of what is gathered over `tensor`."""
+    return primitive.name not in NOT_KEPT
 
 
 def dots_alone(primitive: Any, *arguments: Any, **parameters: Any) -> bool:

@@ -7,12 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.architecture import at_capacity, depth_capacity_at
-from lumina.config import Config
+from lumina.config import Config, MeshConfig
 from lumina.errors import LuminaError, exit_with
+from lumina.mesh import named
 from lumina.runs import processes, train
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
@@ -66,15 +68,16 @@ class Trainer:
         from lumina_jax.allocator import keep_large_buffers
         from lumina_jax.device import describe, memory_of_each
         from lumina_jax.hosts import agreed, join, require_same
-        from lumina_jax.mesh import make_mesh, row_blocks, shaped, shardings
+        from lumina_jax.mesh import axes_of, make_mesh, row_blocks, shaped, shardings
         from lumina_jax.step import init_state, state_shapes
 
         self.buffers = keep_large_buffers()
         join()
         self.why_mesh = ""
-        if config.mesh.auto:
+        if config.mesh.auto and not named(config.mesh):
             config, self.why_mesh = choose(config, jax.device_count(), agreed(memory_of_each() >> 20) << 20)
-        self.config, self.mesh = config, make_mesh(config)
+        self.mesh = make_mesh(config)
+        self.config = config = replace(config, mesh=MeshConfig(**axes_of(self.mesh)._asdict()))
         self.versions, self.device = {"jax": jax.__version__}, describe(self.mesh)
         self.processes, self.part = jax.process_count(), row_blocks(self.mesh)
         self.agreed, self.require_same = agreed, require_same

@@ -15,6 +15,7 @@ from lumina.config import Config, TrainConfig
 from lumina.data import Corpus
 from lumina.data.rows import Batches
 from lumina.footprint import footprint
+from lumina.mesh import AXES, Sizes
 from lumina.runs.console import Console, Rate, printable, table
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal
@@ -30,7 +31,9 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
 
     `device`, `peak` (FLOP/s of matrix products) and `forms` (of kernels, with reasons) are the backend's to say.
     """
-    count, needed, train, model = counts(config), footprint(config), config.train, config.model
+    sizes = Sizes(*(max(1, getattr(config.mesh, axis)) for axis in AXES))
+    count, needed, train, model = counts(config), footprint(config, sizes), config.train, config.model
+    each = " on each device" if sizes.devices > 1 else ""
     kinds = layer_kinds(model)
     tokens = train.batch_size * config.data.sequence_length
     epochs = train.steps * tokens / corpus.train.num_tokens
@@ -56,7 +59,7 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
             ("FLOPs a token", f"{si(count.forward_flops)} forward, {si(count.training_flops)} training"),
             (
                 "memory",
-                f"{gib(needed.total)} expected: parameters {gib(needed.parameters)}, gradients {gib(needed.gradients)}, "
+                f"{gib(needed.total)} expected{each}: parameters {gib(needed.parameters)}, gradients {gib(needed.gradients)}, "
                 f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}, "
                 f"temporaries {gib(needed.temporaries)}",
             ),

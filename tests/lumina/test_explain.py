@@ -119,6 +119,15 @@ def test_hosts_read_the_rows_of_their_devices(hosts, apart, together):
     assert (path["positions_per_device"], path["residual_positions_per_device"]) == (2048, 512)
 
 
+def test_a_host_whose_devices_share_a_row_with_its_neighbours_reads_all_that_they_touch():
+    config = load("b14")
+    config.train.batch_size, config.train.micro_batches = 24, 1
+    path = batch_path(config, Sizes(data=6, tensor=4), 4)  # 6 devices a host: one and a half rows' parts
+    assert (path["rows_per_host"], path["hosts_per_row"]) == (8, 2)
+    path = batch_path(config, Sizes(data=2, tensor=3), 3)
+    assert (path["rows_per_host"], path["hosts_per_row"]) == (24, 2)
+
+
 def test_columns_line_up():
     assert columns([("a", "1"), ("long", "100")], "lr") == "  a       1\n  long  100"
 

@@ -6,7 +6,7 @@ import pytest
 
 from lumina import mesh
 from lumina.architecture import tensor_table
-from lumina.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig, load, presets, to_dict, validate
+from lumina.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig, load, presets, to_dict, validate
 from lumina.errors import ConfigError
 from lumina.footprint import footprint
 from lumina.layout import SHARE, Rates, candidates, choose, micro_batches
@@ -45,6 +45,22 @@ def test_micro_batches_leave_each_device_whole_rows():
     assert (
         found == [n for n in range(1, 17) if 16 % n == 0 and passes(small(micro_batches=n), Sizes(data=2, fsdp=2))] == [1, 2, 4]
     )
+
+
+def test_a_loss_that_counts_over_a_micro_batch_keeps_the_micro_batches_asked_for():
+    config = small(micro_batches=4)
+    config.model.moe.balance_over = "micro_batch"
+    assert micro_batches(config, Sizes(data=2)) == [4]
+    assert micro_batches(config, Sizes(data=8)) == []
+    chosen, _ = choose(config, 4, 2**40)
+    assert chosen.train.micro_batches == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"), [({}, False), ({"auto": True}, False), ({"tensor": 2}, True), ({"data": 1}, True)]
+)
+def test_an_axis_that_was_set_is_not_chosen(changed, named):
+    assert mesh.named(MeshConfig(**changed)) == named
 
 
 @pytest.mark.parametrize("name", PRESETS)

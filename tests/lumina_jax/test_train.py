@@ -27,7 +27,7 @@ import lumina.runs.loop
 import lumina_jax
 import lumina_jax.device
 import lumina_jax.train
-from lumina.config import load, save
+from lumina.config import MeshConfig, load, save
 from lumina.data import prepare
 from lumina.data.rows import Batches, Rows
 from lumina.errors import CheckpointError, ConfigError, UsageError
@@ -430,11 +430,13 @@ def test_a_batch_with_a_nan_is_skipped_and_told_of_and_training_goes_on(tmp_path
     assert math.isfinite(json.loads(run.result.read_text())["held_out"]["loss"])
 
 
-def test_more_devices_go_on_with_a_run_and_change_its_numbers_by_rounding_alone(whole, tmp_path):
+@pytest.mark.parametrize("axes", [{"data": 4}, {"fsdp": 2, "expert": 2}], ids=["rows", "split, moments on the host"])
+def test_more_devices_go_on_with_a_run_and_change_its_numbers_by_rounding_alone(whole, tmp_path, axes):
     run, more = RunDirectory(tmp_path / "run"), config()
     interrupt(config(), run, after=8, checkpoint=6)
-    more.mesh.data = 4
+    more.mesh, more.optim.offload = MeshConfig(**{"data": 1, **axes}), "fsdp" in axes
     assert train_and_evaluate(more, run.path) == 0
+    assert train_and_evaluate(config(), run.path) == 0  # complete, as one device reads what several wrote
     found, expected = ([r["loss"] for r in read_json_lines(each.metrics)] for each in (run, whole))
     assert found == pytest.approx(expected, rel=1e-5)
     assert [record["rows"] for record in of_steps(run)] == [record["rows"] for record in of_steps(whole)]
