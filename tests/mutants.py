@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("lumina", "lumina_jax", "lumina_torch", "configs", "launch", "tests", "parity_tests", "conftest.py", "pyproject.toml")
+PARTS = (
+    "lumina",
+    "lumina_jax",
+    "lumina_torch",
+    "configs",
+    "launch",
+    "tests",
+    "parity_tests",
+    "docs",
+    "conftest.py",
+    "pyproject.toml",
+)
 
 
 class Mutant(NamedTuple):
@@ -36,6 +47,14 @@ ATTEND = "lumina_jax/test_attend.py"
 EVALUATE, GENERATE, TRAIN = (f"lumina_jax/test_{name}.py" for name in ("evaluate", "generate", "train"))
 CHECKPOINT, ARCHITECTURE, TOKENIZER = "lumina_jax/test_checkpoint.py", "lumina/test_architecture.py", "lumina/test_tokenizer.py"
 DIGEST, LOOP, ROWS = "lumina_jax/test_digest.py", "lumina/runs/test_loop.py", "lumina/data/test_rows.py"
+CONTEXT, HOSTS, CENSUS = (f"lumina_jax/test_{name}.py::test" for name in ("context", "hosts", "census"))
+SHARDING = "lumina_jax/test_sharding.py"
+MESH = f"{SHARDING}::test_every_mesh"
+TRAFFIC, FOOTPRINT, LAYOUT, EXPLAIN, ROOFLINE, PLANNING = (
+    f"lumina/test_{name}.py::test" for name in ("traffic", "footprint", "layout", "explain", "roofline", "planning")
+)
+PROCESSES, LOCAL = (f"lumina/runs/test_{name}.py::test" for name in ("processes", "local"))
+SCRIPTS = "launch/test_scripts.py::test"
 # Of the mirror: one test each, as they do not wait for a compiler.
 ATTEND_T, ATTENTION_T, DRAW_T, GENERATE_T, GROUPED_T, MOD_T, MODEL_T, MOE_T, OPTIMIZER_T, STEP_T = (
     f"lumina_torch/test_{name}.py::test"
@@ -48,9 +67,9 @@ MUTANTS = [
     Mutant(
         "labels shifted twice, in the step",
         "lumina_jax/step.py",
-        'micro["targets"].reshape(-1)',
-        'jnp.roll(micro["targets"], -1, axis=1).reshape(-1)',
-        STEP,
+        "_loss(model, hidden_BtD, micro, dtype, axes)",
+        '_loss(model, hidden_BtD, micro | {"targets": jnp.roll(micro["targets"], -1, axis=1)}, dtype, axes)',
+        f"{STEP}::test_the_reported_loss_is_the_language_model_loss_alone_weighted_over_the_whole_batch",
     ),
     Mutant(
         "labels shifted twice, in the rows",
@@ -262,9 +281,9 @@ MUTANTS = [
     Mutant(
         "balance over one device's rows",
         "lumina_jax/step.py",
-        'jax.lax.psum(experts["load_A"], AXIS)[:, None]',
+        'axes.sum(experts["load_A"], ROW_AXES)[:, None]',
         'experts["load_A"][:, None]',
-        STEP,
+        f"{STEP}::test_devices_and_micro_batches_change_no_metric",
     ),
     Mutant(
         "micro-batches of neighbouring rows",
@@ -285,8 +304,8 @@ MUTANTS = [
     Mutant(
         "everything computed, then masked",
         "lumina_jax/mod.py",
-        "        out_BCD, metrics, cache = inner(x_BCD, *selected, None)\n",
-        "        out_BTD, metrics, cache = inner(x_BTD, *others, None)\n"
+        "        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, None)\n",
+        "        out_BTD, metrics, cache = inner(row, x_BTD, *others, None)\n"
         "        out_BCD = jnp.take_along_axis(out_BTD, self.index_BC[:, :, None], axis=1)\n",
         MOD,
     ),
@@ -301,9 +320,9 @@ MUTANTS = [
     Mutant(
         "residual counted twice",
         "lumina_jax/model.py",
-        "else (self.feedforward(z), {})",
-        "else (z + self.feedforward(z), {})",
-        MOD,
+        "out, metrics = self.feedforward(z), {}",
+        "out, metrics = z + self.feedforward(z), {}",
+        f"{MOD}::test_residual_is_not_counted_twice",
     ),
     Mutant(
         "residual of a block counted twice",
@@ -315,10 +334,10 @@ MUTANTS = [
     Mutant(
         "positions counted anew among the selected",
         "lumina_jax/model.py",
-        "            mixed, after = attention(x, segments, positions, written)\n",
-        "            if taken is None:\n"
-        "                positions = jnp.broadcast_to(jnp.arange(x.shape[1]), positions.shape)\n"
-        "            mixed, after = attention(x, segments, positions, written)\n",
+        "                mixed, after = attention(row, self.attention_norm(x), segments, positions, written)\n",
+        "                if taken is None:\n"
+        "                    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), positions.shape)\n"
+        "                mixed, after = attention(row, self.attention_norm(x), segments, positions, written)\n",
         MOD,
     ),
     Mutant(
@@ -424,7 +443,11 @@ MUTANTS = [
     ),
     # ---------------------------------------------------------------------------------------- counts, checkpoints, runs
     Mutant(
-        "a tied head counted twice", "lumina/architecture.py", "    if not model.tie_embeddings:", "    if True:", ARCHITECTURE
+        "a tied head counted twice",
+        "lumina/architecture.py",
+        "*([] if model.tie_embeddings else [head_tensor(model)])",
+        "head_tensor(model)",
+        f"{ARCHITECTURE}::test_grouped_queries_and_tied_heads_are_counted_once",
     ),
     Mutant(
         "key/value heads counted as query heads",
@@ -464,24 +487,24 @@ MUTANTS = [
     Mutant(
         "digest blind to order",
         "lumina_jax/digest.py",
-        "words ^ jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(0x9E3779B9)",
+        "words ^ place * jnp.uint32(0x9E3779B9)",
         "words",
-        DIGEST,
+        f"{DIGEST}::test_any_two_swapped_elements_are_found",
     ),
     # ------------------------------------------------------------------------------------------- devices and processes
     Mutant(
         "each device updates with its own gradient",
         "lumina_jax/step.py",
-        "return jax.lax.psum((grads, metrics), AXIS)",
-        "return grads, jax.lax.psum(metrics, AXIS)",
-        STEP,
+        "return axes.sum(gradient, axes.not_splitting(tensor))",
+        "return gradient",
+        f"{STEP}::test_devices_and_micro_batches_change_no_parameter_moment_or_bias",
     ),
     Mutant(
         "each device divides by its own weight",
         "lumina_jax/step.py",
-        'weight = jax.lax.psum(jnp.sum(batch["weights"]), AXIS)',
-        'weight = jnp.sum(batch["weights"]) * jax.lax.psum(1, AXIS)',
-        STEP,
+        'weight = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)',
+        'weight = jnp.sum(batch["weights"]) * axes.row_parts',
+        f"{STEP}::test_devices_and_micro_batches_change_no_parameter_moment_or_bias",
     ),
     Mutant(
         "dropout by place within the device",
@@ -491,7 +514,11 @@ MUTANTS = [
         STEP,
     ),
     Mutant(
-        "every process reads the first part", "lumina/data/rows.py", "numbers[index * B : (index + 1) * B]", "numbers[:B]", ROWS
+        "every process reads the first part",
+        "lumina/data/rows.py",
+        "numbers.reshape(parts, -1)[list(blocks)].ravel()",
+        "numbers[: len(blocks) * (len(numbers) // parts)]",
+        f"{ROWS}::test_the_parts_of_a_batch_put_together_are_the_batch",
     ),
     # ------------------------------------------------------------------------------------------------------- bad steps
     Mutant(
@@ -650,6 +677,509 @@ MUTANTS = [
         'Form(ragged, ("tpu",)',
         'Form(ragged, ("tpu", "cpu")',
         GROUPED,
+    ),
+    # ---------------------------------------------------------------------------------------------------- rows over devices
+    Mutant(
+        "late chunk first",
+        "lumina_jax/context.py",
+        "first = (rank * self.chunk, (2 * self.n - 1 - rank) * self.chunk)",
+        "first = ((2 * self.n - 1 - rank) * self.chunk, rank * self.chunk)",
+        f"{CONTEXT}_each_device_has_an_early_and_a_late_chunk_and_the_row_comes_back_whole",
+    ),
+    Mutant(
+        "chunks in plain order, without balance",
+        "lumina_jax/context.py",
+        "first = (rank * self.chunk, (2 * self.n - 1 - rank) * self.chunk)",
+        "first = (2 * rank * self.chunk, (2 * rank + 1) * self.chunk)",
+        f"{CONTEXT}_each_device_has_an_early_and_a_late_chunk_and_the_row_comes_back_whole",
+    ),
+    Mutant(
+        "late chunks joined from the first device on",
+        "lumina_jax/context.py",
+        "*late_nBc[::-1]]",
+        "*late_nBc]",
+        f"{CONTEXT}_each_device_has_an_early_and_a_late_chunk_and_the_row_comes_back_whole",
+    ),
+    Mutant(
+        "a token of the late chunk sought in the early one",
+        "lumina_jax/context.py",
+        "rank * self.share + late * self.chunk + place",
+        "rank * self.share + place",
+        f"{CONTEXT}_an_address_is_where_the_token_lies",
+    ),
+    Mutant(
+        "no token has an address",
+        "lumina_jax/context.py",
+        "jnp.where(ids < 0, -1, rank",
+        "jnp.where(ids < -1, -1, rank",
+        f"{CONTEXT}_an_address_is_where_the_token_lies",
+    ),
+    Mutant(
+        "both ways round the ring told apart by nothing",
+        "lumina_jax/context.py",
+        "(1, n - distance))[",
+        "(1, distance))[",
+        f"{CONTEXT}_tokens_taken_round_the_ring_are_those_of_a_gathered_row_forward_and_backward",
+    ),
+    Mutant(
+        "rings that go the long way round",
+        "lumina_jax/context.py",
+        "jnp.minimum(ahead_BM, n - ahead_BM)",
+        "ahead_BM",
+        f"{CONTEXT}_blocks_travel_only_as_far_as_the_farthest_wish",
+    ),
+    Mutant(
+        "rings that stop a round early",
+        "lumina_jax/context.py",
+        "fori_loop(1, rounds + 1,",
+        "fori_loop(1, rounds,",
+        f"{CONTEXT}_tokens_taken_round_the_ring_are_those_of_a_gathered_row_forward_and_backward",
+    ),
+    Mutant(
+        "of a token taken twice one gradient alone",
+        "lumina_jax/context.py",
+        ".reshape(B, N, k, -1).sum(axis=2)",
+        ".reshape(B, N, k, -1)[:, :, 0]",
+        f"{CONTEXT}_tokens_taken_round_the_ring_are_those_of_a_gathered_row_forward_and_backward",
+    ),
+    Mutant(
+        "a query over devices misses itself",
+        "lumina_jax/context.py",
+        "jnp.tri(s, dtype=bool)",
+        "jnp.tri(s, k=-1, dtype=bool)",
+        f"{CONTEXT}_attention_over_devices_equals_that_of_the_whole_row_forward_and_backward",
+    ),
+    Mutant(
+        "a query over devices sees all of its block",
+        "lumina_jax/context.py",
+        "(pair.key_place < pair.query_place)",
+        "(pair.key_place <= pair.query_place)",
+        f"{CONTEXT}_attention_over_devices_equals_that_of_the_whole_row_forward_and_backward",
+    ),
+    Mutant(
+        "padding of a block is in the first document",
+        "lumina_jax/context.py",
+        "count * size - row.chunk)], constant_values=NOWHERE)",
+        "count * size - row.chunk)], constant_values=0)",
+        f"{CONTEXT}_attention_over_devices_equals_that_of_the_whole_row_forward_and_backward",
+    ),
+    Mutant(
+        "running softmax not rescaled",
+        "lumina_jax/context.py",
+        "mixed_BKRh * rescale_BKR1 + added_BKRh",
+        "mixed_BKRh + added_BKRh",
+        f"{CONTEXT}_attention_over_devices_equals_that_of_the_whole_row_forward_and_backward",
+    ),
+    Mutant(
+        "gradients of keys summed over devices in bfloat16",
+        "lumina_jax/context.py",
+        "psum_scatter(x_VBKsh, AXIS, tiled=True)",
+        "psum_scatter(x_VBKsh.astype(jnp.bfloat16), AXIS, tiled=True)",
+        f"{CONTEXT}_softmax_and_the_sums_over_devices_run_in_float32_for_bfloat16",
+    ),
+    Mutant(
+        "splash fetches blocks of the future",
+        "lumina_jax/context.py",
+        "// block >= jnp.arange(keys)",
+        "// block >= jnp.zeros(keys, int)",
+        f"{CONTEXT}_splash_is_told_which_blocks_are_visible_and_fetches_no_other",
+    ),
+    Mutant(
+        "splash skips the block on the diagonal",
+        "lumina_jax/context.py",
+        "// block >= jnp.arange(keys)",
+        "// block > jnp.arange(keys)",
+        f"{CONTEXT}_splash_over_devices_equals_the_whole_row_forward_and_backward",
+    ),
+    Mutant(
+        "a form that needs whole rows takes split ones",
+        "lumina_jax/attend.py",
+        'Form("reference", split_rows=False)',
+        'Form("reference")',
+        f"{CONTEXT}_a_form_that_needs_whole_rows_is_refused",
+    ),
+    # ------------------------------------------------------------------------------------------ one model over many devices
+    Mutant(
+        "gradients of gathered weights summed in bfloat16",
+        "lumina_jax/sharding.py",
+        "wide = gradient.astype(jnp.promote_types(dtype, jnp.float32))",
+        "wide = gradient",
+        f"{SHARDING}::test_weights_are_gathered_in_the_compute_dtype_and_their_gradients_summed_in_float32",
+    ),
+    Mutant(
+        "gathered weights kept for the backward pass",
+        "lumina_jax/sharding.py",
+        "    return jax.lax.all_gather(weight.astype(dtype), axes, axis=dimension, tiled=True), None",
+        "    return _gathered(weight, axes, dimension, dtype), None",
+        "lumina_jax/test_traffic.py::test_without_remat_gathered_weights_are_not_kept_but_gathered_again",
+    ),
+    Mutant(
+        "gradients of what tensor copies summed over data alone",
+        "lumina_jax/step.py",
+        "axes.sum(gradient, axes.not_splitting(tensor))",
+        'axes.sum(gradient, ("data",))',
+        f"{MESH}_makes_the_steps_of_one_device[capacity-tensor-2]",
+    ),
+    Mutant(
+        "every device has the first experts",
+        "lumina_jax/moe.py",
+        'first = axes.place("expert") * weights[0].shape[0]',
+        "first = 0",
+        f"{MESH}_makes_the_steps_of_one_device[dropless-expert-2-context-2-tensor-2]",
+    ),
+    Mutant(
+        "a block's feed-forward sees its own heads alone",
+        "lumina_jax/model.py",
+        "self.feedforward_norm(x + axes.sum(mixed, tensor))",
+        "self.feedforward_norm(x + mixed)",
+        f"{MESH}_makes_the_steps_of_one_device[dropless-expert-2-context-2-tensor-2]",
+    ),
+    Mutant(
+        "slots of several devices at one address",
+        "lumina_jax/moe.py",
+        "(device * num_experts + expert) * slots.share",
+        "(device + expert) * slots.share",
+        f"{MESH}_makes_the_steps_of_one_device[capacity-context-4]",
+    ),
+    Mutant(
+        "a target counted on every part of the vocabulary",
+        "lumina_jax/loss.py",
+        "jnp.where(own_n, log_total_n - target_n, 0)",
+        "log_total_n - target_n",
+        f"{MESH}_makes_the_steps_of_one_device[capacity-tensor-2]",
+    ),
+    Mutant(
+        "experts split over one axis twice",
+        "lumina/mesh.py",
+        'expert_embed: tuple[str, ...] = ("fsdp", "context")',
+        'expert_embed: tuple[str, ...] = ("fsdp", "expert", "context")',
+        "lumina/test_explain.py::test_every_axis_that_splits_is_told",
+    ),
+    # -------------------------------------------------------------------------------------------------------- several hosts
+    Mutant(
+        "a digest that gathers what others have",
+        "lumina_jax/digest.py",
+        "_UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32)",
+        "_UNSIGNED[array.dtype.itemsize]).astype(jnp.uint32).reshape(-1)",
+        f"{DIGEST}::test_no_device_gathers_what_others_have",
+    ),
+    Mutant(
+        "hosts of two slices share numbers",
+        "lumina/runs/processes.py",
+        "number += _number(SLICES[1], place) * len(hosts)",
+        "number += _number(SLICES[1], place)",
+        f"{PROCESSES}_the_environment_tells_which_process_this_is",
+    ),
+    Mutant(
+        "a shell of salloc taken for several processes",
+        "lumina/runs/processes.py",
+        "int(step) >= FIRST_SPECIAL_STEP",
+        "False",
+        f"{PROCESSES}_the_environment_tells_which_process_this_is",
+    ),
+    Mutant(
+        "pieces with a gap between them make up an array",
+        "lumina/interchange/orbax.py",
+        "if (counts < 1).any():",
+        "if (counts < 0).any():",
+        f"{HOSTS}_pieces_that_do_not_make_up_an_array_are_refused_by_name",
+    ),
+    Mutant(
+        "a piece read from its beginning",
+        "lumina/interchange/orbax.py",
+        "for origin in (piece.begin, begin)",
+        "for origin in (begin, begin)",
+        f"{HOSTS}_what_four_processes_saved_two_restore_and_each_reads_what_its_devices_have",
+    ),
+    Mutant(
+        "another process's full disk goes unheard",
+        "lumina/runs/checkpoints.py",
+        'raise OSError(f"process {process}: {failure}")',
+        "pass",
+        f"{HOSTS}_a_disk_that_fails_in_any_process_costs_this_checkpoint_and_hangs_nobody",
+    ),
+    Mutant(
+        "files that this process cannot see make a checkpoint",
+        "lumina/runs/checkpoints.py",
+        "        require_visible(directory, self.parts)\n",
+        "",
+        f"{HOSTS}_what_another_process_wrote_elsewhere_or_not_at_all_is_no_checkpoint",
+    ),
+    Mutant(
+        "the first process writes what all have",
+        "lumina_jax/checkpoint.py",
+        "devices[n % len(devices)]",
+        "devices[0]",
+        f"{HOSTS}_every_process_writes_the_pieces_of_its_own",
+    ),
+    Mutant(
+        "what processes told each other is kept for ever",
+        "lumina_jax/checkpoint.py",
+        'forget(f"save/{self._save - 1}")',
+        "pass",
+        f"{HOSTS}_of_what_processes_told_each_other_for_a_checkpoint_only_the_last_is_kept",
+    ),
+    Mutant(
+        "one that is silent is waited for",
+        "lumina_jax/hosts.py",
+        "if now - when > self.silence:",
+        "if now - when > 99 * self.silence:",
+        f"{HOSTS}_one_killed_ends_the_rest_who_say_which",
+    ),
+    # ------------------------------------------------------------------------------------------ what a step sends and holds
+    Mutant(
+        "gathers of the backward pass not counted",
+        "lumina/traffic.py",
+        "(passes + 1) * times, times)",
+        "passes * times, times)",
+        f"{TRAFFIC}_fsdp_gathers_weights_twice_and_scatters_gradients_once_a_micro_batch",
+    ),
+    Mutant(
+        "gradients counted in the compute dtype",
+        "lumina/traffic.py",
+        'account.add(what, "reduce_scatter", axes, numbers * FLOAT32, scatters)',
+        'account.add(what, "reduce_scatter", axes, numbers * compute_width(tensor, config), scatters)',
+        f"{TRAFFIC}_fsdp_gathers_weights_twice_and_scatters_gradients_once_a_micro_batch",
+    ),
+    Mutant(
+        "an all-reduce counted as one way",
+        "lumina/traffic.py",
+        '(2 if kind == "all_reduce" else 1) * size',
+        "size",
+        f"{TRAFFIC}_a_ring_gathers_scatters_and_reduces_with_the_bytes_that_are_claimed",
+    ),
+    Mutant(
+        "a device sends itself its own part",
+        "lumina/traffic.py",
+        "size * (n - 1) / n",
+        "size",
+        f"{TRAFFIC}_a_ring_gathers_scatters_and_reduces_with_the_bytes_that_are_claimed",
+    ),
+    Mutant(
+        "one moment instead of two",
+        "lumina/footprint.py",
+        "gradients, 2 * trained,",
+        "gradients, trained,",
+        f"{FOOTPRINT}_one_device_holds_weights_gradients_and_two_moments",
+    ),
+    Mutant(
+        "every device holds the rows of all",
+        "lumina/traffic.py",
+        "config.train.micro_batches // sizes.row_parts)",
+        "config.train.micro_batches)",
+        f"{FOOTPRINT}_data_copies_parameters_and_splits_rows",
+    ),
+    Mutant(
+        "residual whole on devices along tensor",
+        "lumina/footprint.py",
+        "b * T / (sizes.context * sizes.tensor)",
+        "b * T / sizes.context",
+        f"{FOOTPRINT}_with_remat_another_layer_keeps_the_residual_of_the_devices_tokens",
+    ),
+    Mutant(
+        "a mesh chosen that does not fit",
+        "lumina/layout.py",
+        "fitting = [one for one in found if one.needed <= usable]",
+        "fitting = found",
+        f"{LAYOUT}_of_what_fits_the_choice_sends_the_least",
+    ),
+    Mutant(
+        "the mesh that sends the most chosen",
+        "lumina/layout.py",
+        "best = fitting[0]",
+        "best = fitting[-1]",
+        f"{LAYOUT}_of_what_fits_the_choice_sends_the_least",
+    ),
+    Mutant(
+        "the first layer in no group of tensors",
+        "lumina/architecture.py",
+        "if other == kind]",
+        "if other == kind and i]",
+        f"{EXPLAIN}_the_tensors_told_are_those_of_the_table",
+    ),
+    Mutant(
+        "a host said to read all rows",
+        "lumina/explain.py",
+        '"rows_per_host": train.batch_size // apart',
+        '"rows_per_host": train.batch_size',
+        f"{EXPLAIN}_hosts_read_the_rows_of_their_devices",
+    ),
+    # ------------------------------------------------------------------------------------------------------------- the plan
+    Mutant(
+        "an all-to-all crosses nodes as a ring does",
+        "lumina/roofline.py",
+        'return (n - n / m) / (n - 1) if kind == "all_to_all" else m / n',
+        "return m / n",
+        f"{ROOFLINE}_the_last_axes_stay_within_a_node_and_the_first_cross",
+    ),
+    Mutant(
+        "half a chip as fast as a whole one",
+        "lumina/roofline.py",
+        "compute=flops / (sizes.devices * chip.peak_flops / chip.devices)",
+        "compute=flops / (sizes.devices * chip.peak_flops)",
+        f"{ROOFLINE}_a_device_that_is_half_a_chip_has_half_of_everything",
+    ),
+    Mutant(
+        "what remat computes again costs nothing",
+        "lumina/roofline.py",
+        'passes = 4 if remat == "full" else 3',
+        "passes = 3",
+        f"{ROOFLINE}_remat_adds_a_forward_pass_of_the_layers_and_none_of_the_head",
+    ),
+    Mutant(
+        "MFU counts what is computed again",
+        "lumina/planning.py",
+        '"mfu": model_flops(config) /',
+        '"mfu": executed_flops(config) /',
+        f"{PLANNING}_mfu_is_the_models_own_work_over_what_the_chips_could_do",
+    ),
+    Mutant(
+        "what the compiler leaves free is not asked",
+        "lumina/planning.py",
+        'needed, available = refused["needed_bytes"], refused["available_bytes"]',
+        'needed = refused["needed_bytes"]',
+        f"{PLANNING}_what_the_compiler_refuses_does_not_fit_by_as_much_as_it_says",
+    ),
+    Mutant(
+        "bits of a network taken for bytes",
+        "lumina/topology.py",
+        "links * GB, network * GB / 8, *about",
+        "links * GB, network * GB, *about",
+        "lumina/test_topology.py::test_figures_have_the_units_that_they_say",
+    ),
+    Mutant(
+        "a loop counted as run once",
+        "lumina_jax/census.py",
+        'equation.params["length"] if name == "scan" else 1',
+        "1",
+        f"{CENSUS}_the_body_of_a_loop_counts_as_often_as_it_runs",
+    ),
+    Mutant(
+        "collectives counted over a mesh of one",
+        "lumina_jax/census.py",
+        'inner = dict(equation.params["mesh"].shape) if name == "shard_map" else sizes',
+        "inner = sizes",
+        f"{CENSUS}_what_a_device_sends_is_counted_by_kind_and_axes",
+    ),
+    Mutant(
+        "a search that ranks what does not fit",
+        "lumina/search.py",
+        "if parts.total <= usable:",
+        "if True:",
+        f"{PLANNING}_a_search_ranks_every_way_to_split_a_step_that_fits",
+    ),
+    # --------------------------------------------------------------------------------------------------------------- launch
+    Mutant(
+        "the last bad exit code counts",
+        "lumina/runs/local.py",
+        "elif ended and code in (0, STOPPED_AND_SAVED):",
+        "elif ended:",
+        f"{LOCAL}_the_first_that_ends_badly_ends_the_others_and_gives_its_code",
+    ),
+    Mutant(
+        "Ctrl-C passed on twice",
+        "lumina/runs/local.py",
+        "signal.SIGKILL if self.at_once else signal.SIGTERM",
+        "signal.SIGKILL if self.at_once else number",
+        f"{LOCAL}_a_signal_reaches_all_once_ready",
+    ),
+    Mutant(
+        "processes outlive a killed launcher",
+        "lumina/runs/local.py",
+        "preexec_fn=stop_without_parent",
+        "preexec_fn=None",
+        f"{LOCAL}_none_is_left_when_the_launcher_is_killed",
+    ),
+    Mutant(
+        "saved counts as done",
+        "lumina/runs/local.py",
+        "code = code or ended",
+        "pass",
+        f"{LOCAL}_the_first_that_ends_badly_ends_the_others_and_gives_its_code",
+    ),
+    Mutant(
+        "all take GPU 0",
+        "lumina/runs/local.py",
+        '{"JAX_LOCAL_DEVICE_IDS": str(number)}',
+        '{"JAX_LOCAL_DEVICE_IDS": "0"}',
+        f"{LOCAL}_each_is_told_of_the_others",
+    ),
+    Mutant(
+        "logs begun anew at a restart",
+        "lumina/runs/local.py",
+        '.open("ab")',
+        '.open("wb")',
+        f"{LOCAL}_logs_are_a_file_each_and_are_added_to",
+    ),
+    Mutant(
+        "port 0 taken as such",
+        "lumina/runs/local.py",
+        "{port or _free_port()}",
+        "{port}",
+        f"{LOCAL}_each_is_told_of_the_others",
+    ),
+    Mutant(
+        "a dry run loses the quotes",
+        "launch/common.sh",
+        '        quoted "$@"',
+        '        echo "$@"',
+        f"{SCRIPTS}_a_dry_run_prints_the_command",
+    ),
+    Mutant(
+        "a stop at the limit is not requeued",
+        "launch/slurm.sh",
+        "6 | 93",
+        "6 | 75 | 93",
+        f"{SCRIPTS}_a_job_goes_back_into_the_queue_when_that_can_help",
+    ),
+    Mutant(
+        "requeued for ever",
+        "launch/slurm.sh",
+        '-lt "$REQUEUES"',
+        "-ge 0",
+        f"{SCRIPTS}_a_job_goes_back_into_the_queue_when_that_can_help",
+    ),
+    Mutant(
+        "SLURM ends those still saving",
+        "launch/slurm.sh",
+        "--kill-on-bad-exit=0",
+        "--kill-on-bad-exit=1",
+        f"{SCRIPTS}_a_dry_run_prints_the_command",
+    ),
+    Mutant(
+        "one GPU of a node alone",
+        "launch/slurm.sh",
+        "JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((GPUS - 1)))",
+        "JAX_LOCAL_DEVICE_IDS=0",
+        f"{SCRIPTS}_a_task_of_a_job_learns_its_place",
+    ),
+    Mutant(
+        "pods of two slices share numbers",
+        "launch/jobset.yaml",
+        "JOB_INDEX * ${HOSTS} + ",
+        "",
+        f"{SCRIPTS}_each_pod_of_each_slice_has_a_number_of_its_own",
+    ),
+    Mutant(
+        "Kubernetes fills in the user's $",
+        "launch/kubernetes.sh",
+        "; s/\\$/$$/g",
+        "",
+        f"{SCRIPTS}_a_manifest_has_what_was_asked_for_tpu_slices",
+    ),
+    Mutant(
+        "a flag that XLA does not know",
+        "launch/flags.sh",
+        "--xla_gpu_enable_pipelined_all_gather=true'",
+        "--xla_gpu_pipelined_all_gather=true'",
+        "launch/test_flags.py::test_xla_knows_the_flags",
+    ),
+    Mutant(
+        "a host of a slice counts short",
+        "launch/tpu_host.sh",
+        " | wc -c) + 1))",
+        " | wc -c)))",
+        f"{SCRIPTS}_a_host_of_a_slice_asks_who_the_hosts_are",
     ),
     # ------------------------------------------------------------------------------- the mirror in PyTorch: step and optimizer
     Mutant(
