@@ -678,7 +678,7 @@ MUTANTS = [
         'Form(ragged, ("tpu", "cpu")',
         GROUPED,
     ),
-    # ---------------------------------------------------------------------------------------------------- rows over devices
+    # ------------------------------------------------------------------------------------------------ rows over devices
     Mutant(
         "late chunk first",
         "lumina_jax/context.py",
@@ -708,14 +708,14 @@ MUTANTS = [
         f"{CONTEXT}_an_address_is_where_the_token_lies",
     ),
     Mutant(
-        "no token has an address",
+        "an empty place takes a token",
         "lumina_jax/context.py",
         "jnp.where(ids < 0, -1, rank",
         "jnp.where(ids < -1, -1, rank",
         f"{CONTEXT}_an_address_is_where_the_token_lies",
     ),
     Mutant(
-        "both ways round the ring told apart by nothing",
+        "both ways round the ring counted alike",
         "lumina_jax/context.py",
         "(1, n - distance))[",
         "(1, distance))[",
@@ -798,7 +798,7 @@ MUTANTS = [
         'Form("reference")',
         f"{CONTEXT}_a_form_that_needs_whole_rows_is_refused",
     ),
-    # ------------------------------------------------------------------------------------------ one model over many devices
+    # -------------------------------------------------------------------------------------- one model over many devices
     Mutant(
         "gradients of gathered weights summed in bfloat16",
         "lumina_jax/sharding.py",
@@ -855,7 +855,7 @@ MUTANTS = [
         'expert_embed: tuple[str, ...] = ("fsdp", "expert", "context")',
         "lumina/test_explain.py::test_every_axis_that_splits_is_told",
     ),
-    # -------------------------------------------------------------------------------------------------------- several hosts
+    # ---------------------------------------------------------------------------------------------------- several hosts
     Mutant(
         "a digest that gathers what others have",
         "lumina_jax/digest.py",
@@ -926,7 +926,7 @@ MUTANTS = [
         "if now - when > 99 * self.silence:",
         f"{HOSTS}_one_killed_ends_the_rest_who_say_which",
     ),
-    # ------------------------------------------------------------------------------------------ what a step sends and holds
+    # -------------------------------------------------------------------------------------- what a step sends and holds
     Mutant(
         "gathers of the backward pass not counted",
         "lumina/traffic.py",
@@ -1004,7 +1004,7 @@ MUTANTS = [
         '"rows_per_host": train.batch_size',
         f"{EXPLAIN}_hosts_read_the_rows_of_their_devices",
     ),
-    # ------------------------------------------------------------------------------------------------------------- the plan
+    # --------------------------------------------------------------------------------------------------------- the plan
     Mutant(
         "an all-to-all crosses nodes as a ring does",
         "lumina/roofline.py",
@@ -1068,7 +1068,7 @@ MUTANTS = [
         "if True:",
         f"{PLANNING}_a_search_ranks_every_way_to_split_a_step_that_fits",
     ),
-    # --------------------------------------------------------------------------------------------------------------- launch
+    # ----------------------------------------------------------------------------------------------------------- launch
     Mutant(
         "the last bad exit code counts",
         "lumina/runs/local.py",
