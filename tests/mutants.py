@@ -981,7 +981,7 @@ MUTANTS = [
         "lumina/layout.py",
         "fitting = [one for one in found if one.needed <= usable]",
         "fitting = found",
-        f"{LAYOUT}_of_what_fits_the_choice_sends_the_least",
+        f"{LAYOUT}_less_memory_takes_more_micro_batches_then_more_shards",
     ),
     Mutant(
         "the mesh that sends the most chosen",
