@@ -307,7 +307,7 @@ MUTANTS = [
         "        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, None)\n",
         "        out_BTD, metrics, cache = inner(row, x_BTD, *others, None)\n"
         "        out_BCD = jnp.take_along_axis(out_BTD, self.index_BC[:, :, None], axis=1)\n",
-        MOD,
+        f"{MOD}::test_inner_receives_only_the_selected_tokens_of_a_fixed_number",
     ),
     Mutant(
         "the token at the threshold dropped",
@@ -338,7 +338,7 @@ MUTANTS = [
         "                if taken is None:\n"
         "                    positions = jnp.broadcast_to(jnp.arange(x.shape[1]), positions.shape)\n"
         "                mixed, after = attention(row, self.attention_norm(x), segments, positions, written)\n",
-        MOD,
+        f"{MOD}::test_a_layer_equals_the_slow_one_among_the_selected_and_leaves_the_others_bit_for_bit",
     ),
     Mutant(
         "the selected see the others in evaluation",
