@@ -1000,7 +1000,7 @@ MUTANTS = [
     Mutant(
         "a host said to read all rows",
         "lumina/explain.py",
-        '"rows_per_host": train.batch_size // apart',
+        '"rows_per_host": max(map(len, read)) * train.batch_size // parts',
         '"rows_per_host": train.batch_size',
         f"{EXPLAIN}_hosts_read_the_rows_of_their_devices",
     ),
