@@ -159,7 +159,7 @@ def make_train_step(
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
-        """Gradients and metrics, as one device sees its rows and then all devices' together."""
+        """From one device's parts of weights and rows: the sums over all devices, of gradients the parts that it keeps."""
         weight = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)
         # Every M-th row: so a micro-batch has the same rows on any number of devices.
         micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1), (batch, row_B))
