@@ -87,9 +87,8 @@ def _until_all_end(children: "list[subprocess.Popen[bytes]]", grace: float) -> i
         Thread(target=_report, args=(number, child, ends), daemon=True).start()
     code, until = 0, None
     for _ in children:
-        try:
-            number = ends.get(timeout=None if until is None else max(0.0, until - time.monotonic()))
-        except queue.Empty:
+        number = _next(ends, until)
+        if number is None:
             _say(f"the others have not ended in {grace:g} s: killed")
             _send(children, signal.SIGKILL)
             until, number = None, ends.get()
@@ -101,6 +100,15 @@ def _until_all_end(children: "list[subprocess.Popen[bytes]]", grace: float) -> i
             _say(f"process {number}: {cause_of(children[number].returncode, time.monotonic() - began)}; ending the others")
             _send(children, signal.SIGTERM)
     return code
+
+
+def _next(ends: "queue.SimpleQueue[int]", until: float | None) -> int | None:
+    """The next process that ends; None where none has until then."""
+    while until is None or time.monotonic() < until:
+        # A signal that comes just before a wait is heard only after it: so no wait is for ever.
+        with contextlib.suppress(queue.Empty):
+            return ends.get(timeout=0.5 if until is None else min(0.5, max(0.0, until - time.monotonic())))
+    return None
 
 
 def _report(number: int, child: "subprocess.Popen[bytes]", ends: "queue.SimpleQueue[int]") -> None:

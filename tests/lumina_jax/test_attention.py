@@ -10,6 +10,7 @@ from flax import nnx
 from lumina.architecture import block_tensors
 from lumina.config import ModelConfig
 from lumina_jax.attention import Attention, Cache, RMSNorm, rotary
+from lumina_jax.context import Row
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close, assert_gradients
 
@@ -39,7 +40,7 @@ def _layer(model, weights):
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(model, weights, x_BTD, segments_BT, positions_BT, cotangent_BTD):
     def out(weights, x_BTD):
-        return _layer(model, weights)(x_BTD, segments_BT, positions_BT)[0]
+        return _layer(model, weights)(x_BTD, segments_BT, positions_BT, Row(x_BTD.shape[1], 1))[0]
 
     out_BTD, pull = jax.vjp(out, weights, x_BTD)
     return out_BTD, pull(cotangent_BTD)
@@ -69,7 +70,7 @@ def test_cached_attention_equals_uncached_whatever_is_written_when():
 
     @jax.jit
     def step(x, positions, cache, written):
-        return _layer(MODEL, weights)(x, jnp.zeros_like(positions), positions, cache, written)
+        return _layer(MODEL, weights)(x, jnp.zeros_like(positions), positions, Row(x.shape[1], 1), cache, written)
 
     # Longer than needed, and what is beyond its length is not empty.
     cache = Cache(*(jnp.full((2, T + 3, K, h), 7.0) for _ in "kv"), jnp.zeros(2, jnp.int32))
