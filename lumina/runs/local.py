@@ -87,11 +87,12 @@ def _until_all_end(children: "list[subprocess.Popen[bytes]]", grace: float) -> i
         Thread(target=_report, args=(number, child, ends), daemon=True).start()
     code, until = 0, None
     for _ in children:
-        number = _next(ends, until)
-        if number is None:
+        ended_now = _next(ends, until)
+        if ended_now is None:
             _say(f"the others have not ended in {grace:g} s: killed")
             _send(children, signal.SIGKILL)
-            until, number = None, ends.get()
+            until = None
+        number = ends.get() if ended_now is None else ended_now
         ended = exit_code(children[number].returncode)
         if ended == STOPPED_AND_SAVED:
             code = code or ended
