@@ -31,14 +31,14 @@ from lumina_jax.feedforward import FeedForward
 from lumina_jax.mod import MoD
 from lumina_jax.moe import MoE, RouterBias
 from lumina_jax.platform import target_platform
-from lumina_jax.sharding import ALONE, Axes, dots_alone, gathers_again
+from lumina_jax.sharding import ALONE, Axes, gathers_again
 
 # Repeats of a segment that training on a CPU compiles one by one: what the backward pass needs of a scanned layer is copied
 # into and out of one large array, 3 to 9 % of a step (measured). More layers would take too long to compile.
 UNROLLED = 8
 
 # What the backward pass keeps of each layer besides its input; None: nothing.
-REMAT = {"none": gathers_again, "full": None, "dots": dots_alone}
+REMAT = {"none": gathers_again, "full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 Metrics = dict[str, dict[str, Any]]  # "moe" and "mod" -> name -> array with a leading axis over the layers that have it
 

@@ -96,8 +96,3 @@ def gathers_again(primitive: Any, *_: Any, **__: Any) -> bool:
     """A policy of `jax.checkpoint`: all is kept for the backward pass but what was gathered or cast: that would be whole
     weights, casts of their parts, and float32 copies of what is gathered over `tensor`."""
     return primitive.name not in NOT_KEPT
-
-
-def dots_alone(primitive: Any, *arguments: Any, **parameters: Any) -> bool:
-    """A policy of `jax.checkpoint`: of a layer only its matrix products are kept."""
-    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arguments, **parameters)

@@ -11,17 +11,10 @@ from jax.sharding import AbstractMesh, AxisType
 
 from lumina.mesh import AXES, Sizes
 from lumina.traffic import sent, transfers
+from lumina_jax.census import KINDS
 from lumina_jax.step import controls, make_train_step, state_shapes
 from tests.lumina_jax.tiny import tiny
 
-KINDS = {
-    "all_gather": "all_gather",
-    "reduce_scatter": "reduce_scatter",
-    "psum": "all_reduce",
-    "psum_invariant": "all_reduce",
-    "pmax": "all_reduce",
-    "all_to_all": "all_to_all",
-}
 WIDE = {"d_model": 32, "num_heads": 4, "num_kv_heads": 2, "num_layers": 4}
 
 
