@@ -1,0 +1,50 @@
+"""What is done to records between a source and token shards: every option of it, in one place."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lumina.errors import UsageError
+
+# In this order whatever the order they are named in: what changes a text comes before what judges it.
+STEPS = ("repair", "control", "redact", "length", "quality", "language", "exact", "near", "decontaminate")
+DEFAULT_STEPS = "control,exact"
+
+
+def _option(default: Any, about: str) -> Any:
+    return field(default=default, metadata={"help": about})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of `lumina data prepare`, each a flag of it; what is made depends on these, the sources and the tokenizer alone."""
+
+    format: str = _option("", "of all sources, such as jsonl; empty finds it by name and content")
+    text_field: str = _option("", "field or column that holds the text; empty finds text, content, message, body or output")
+    max_record_mb: float = _option(16.0, "records above this are rejected")
+    max_conversations: int = _option(0, "conversations taken of a file of message trees; 0 takes all")
+    steps: str = _option(DEFAULT_STEPS, f"of {', '.join(STEPS)}; or all, or none")
+    redact: str = _option("email,phone,key", "redact: of url, email, phone, key and code, those that are blanked")
+    min_characters: int = _option(1, "length: shorter documents are removed")
+    max_characters: int = _option(0, "length: longer documents are removed; 0 removes none")
+    languages: str = _option("en", "language: those that are kept, as ISO 639-1 codes")
+    language_score: float = _option(0.5, "language: least probability of the language found")
+    near_threshold: float = _option(0.8, "near: Jaccard similarity of shingles from which a document is a duplicate")
+    near_permutations: int = _option(128, "near: of MinHash; more of them estimate the similarity better")
+    near_shingle: int = _option(5, "near: words in a shingle")
+    against: str = _option("", "decontaminate: files of evaluation texts, separated by commas")
+    against_ngram: int = _option(13, "decontaminate: words in a row that a document may not share with them")
+
+    @property
+    def named_steps(self) -> tuple[str, ...]:
+        """The steps to take, in order. Raises UsageError for one that does not exist."""
+        if self.steps in ("all", "none"):
+            return STEPS if self.steps == "all" else ()
+        named = {step.strip() for step in self.steps.split(",") if step.strip()}
+        if unknown := sorted(named - set(STEPS)):
+            raise UsageError(f"--steps: {unknown[0]!r} is no step; there are {', '.join(STEPS)}, all and none")
+        return tuple(step for step in STEPS if step in named)
+
+
+def options() -> list[tuple[str, Any, str]]:
+    """(name, default, help) of each field, for a command line."""
+    return [(spec.name, spec.default, spec.metadata["help"]) for spec in fields(Recipe)]
