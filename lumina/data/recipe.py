@@ -16,7 +16,7 @@ def _option(default: Any, about: str) -> Any:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `lumina data prepare`, each a flag of it; what is made depends on these, the sources and the tokenizer alone."""
+    """Options of `lumina data prepare`, each a flag: they, the sources and the tokenizer decide all bytes."""
 
     format: str = _option("", "of all sources, such as jsonl; empty finds it by name and content")
     text_field: str = _option("", "field or column that holds the text; empty finds text, content, message, body or output")
