@@ -27,9 +27,9 @@ def token_dtype(vocab_size: int) -> str:
 class ShardWriter:
     """Writes one stream as `<name>-00000.arrayrecord`, ... in `directory`; `finish` returns what a manifest says of it."""
 
-    def __init__(self, directory: Path, name: str, vocab_size: int):
+    def __init__(self, directory: Path, name: str, vocab_size: int, dtype: str = ""):
         self._directory, self._name, self._vocab_size = directory, name, vocab_size
-        self._dtype = token_dtype(vocab_size)
+        self._dtype = dtype or token_dtype(vocab_size)
         self._rest = np.empty(0, self._dtype)
         self._digest = hashlib.sha256()  # over the ids, whatever array_record makes of them
         self._tokens = 0

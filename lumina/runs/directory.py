@@ -84,7 +84,7 @@ class RunDirectory:
         before = self._saved_data()
         if before is None or before["fingerprint"] == data["fingerprint"]:
             return []
-        then, now = _flat(before), _flat(data)
+        then, now = flat(before), flat(data)
         told = [n for n in now if n.startswith(("source.", "tokenizer.", "held_out", "train.")) and not n.endswith("shards")]
         changed = [f"{name}: {_brief(then.get(name))} -> {_brief(now[name])}" for name in told if then.get(name) != now[name]]
         return changed or [f"fingerprint: {_brief(before['fingerprint'])} -> {_brief(data['fingerprint'])}"]
@@ -152,13 +152,13 @@ class Events:
 
 def config_fingerprint(config: Config) -> str:
     """SHA-256 over the fields that decide a run's numbers."""
-    deciding = {name: value for name, value in _flat(to_dict(config)).items() if not _may_change(name, config)}
+    deciding = {name: value for name, value in flat(to_dict(config)).items() if not _may_change(name, config)}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
 
 
 def config_changes(before: Config, now: Config) -> list[str]:
     """Fields in which two configs differ, as `name: before -> now`."""
-    then, new = _flat(to_dict(before)), _flat(to_dict(now))
+    then, new = flat(to_dict(before)), flat(to_dict(now))
     return [f"{name}: {then.get(name)!r} -> {new[name]!r}" for name in new if then.get(name) != new[name]]
 
 
@@ -194,8 +194,9 @@ def _brief(value: Any) -> str:
     return value[:12] if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40,}", value) else repr(value)
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, of dotted names."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
+        flat.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value})
     return flat
