@@ -10,22 +10,29 @@ import sys
 import pytest
 
 from lumina.runs.health import StopRequest, Watchdog
+from tests.waiting import GIVES_UP, until
 
 BEGIN = """
 import ctypes, os, signal, sys, threading, time
 from lumina.runs.health import StopRequest, Watchdog
 
+there = threading.Event()
+
 def elsewhere():
-    time.sleep(600)
+    there.set()
+    time.sleep(6000)
 
 threading.Thread(target=elsewhere, daemon=True).start()
+there.wait()
 """
-# Limits of the watchdog, in seconds: what hangs does so for ever, and what does not answers well within them.
-SHORT, LONG = "Watchdog(0.5)", "Watchdog(1.5)"
+# Limits of the watchdog, in seconds: one that is to be reached, and one that no machine is slow enough for.
+SHORT, NEVER = 0.5, 6000
+FIRES = f"watchdog.seconds = {SHORT}\nwatchdog.alive()\ntime.sleep(6000)"
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", BEGIN + code], capture_output=True, text=True, check=False, timeout=60)
+    command = [sys.executable, "-c", BEGIN + code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=GIVES_UP)
 
 
 # ------------------------------------------------------------------------------------------------------ requests to stop
@@ -105,17 +112,28 @@ def test_handlers_are_as_they_were_afterwards_however_it_ends(error):
 # -------------------------------------------------------------------------------------------------------------- hangs
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(600)", "ctypes.PyDLL(None).sleep(600)", "lock.acquire()"])
+@pytest.fixture
+def told(monkeypatch):
+    """What a watchdog of this process would have its clock do, and the system with this process."""
+    told = []
+    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda seconds, **_: told.append(seconds))
+    monkeypatch.setattr(faulthandler, "cancel_dump_traceback_later", lambda: told.append("rests"))
+    monkeypatch.setattr(os, "kill", lambda *signalled: told.append(signalled))
+    before = signal.getsignal(signal.SIGTSTP)
+    yield told
+    signal.signal(signal.SIGTSTP, before)
+
+
+@pytest.mark.parametrize("hang", ["time.sleep(6000)", "ctypes.PyDLL(None).sleep(6000)", "lock.acquire()"])
 def test_what_hangs_ends_with_the_stacks_of_all_threads(hang):
     done = run(f"""
 lock = threading.Lock()
 lock.acquire()
 
 def hangs():
+    Watchdog({SHORT}).alive()
     {hang}
 
-watchdog = {SHORT}
-watchdog.alive()
 hangs()
 """)
     assert done.returncode == 1
@@ -124,66 +142,77 @@ hangs()
     assert "in elsewhere" in done.stderr
 
 
-def test_who_is_alive_in_time_goes_on():
-    done = run(f"""
-watchdog = {LONG}
-for _ in range(10):
+def test_each_sign_of_life_begins_the_count_anew(told):
+    watchdog = Watchdog(1.5)
+    for _ in range(3):
+        watchdog.alive()
+    assert told == [1.5] * 3
+
+
+def test_a_count_begun_anew_replaces_the_one_before():
+    done = run(f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\n{FIRES}")
+    assert (done.returncode, "Timeout (0:00:00.5" in done.stderr) == (1, True)
+
+
+def test_who_rests_may_take_long(told):
+    watchdog = Watchdog(1.5)
     watchdog.alive()
-    time.sleep(0.2)
-""")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_who_rests_may_take_long():
-    done = run(f"watchdog = {SHORT}\nwatchdog.alive()\nwatchdog.rest()\ntime.sleep(1)")
-    assert (done.returncode, done.stderr) == (0, "")
+    watchdog.rest()
+    assert told == [1.5, "rests"]
 
 
 def test_after_a_rest_it_counts_again():
-    done = run(f"watchdog = {SHORT}\nwatchdog.alive()\nwatchdog.rest()\nwatchdog.alive()\ntime.sleep(600)")
+    done = run(f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\nwatchdog.rest()\n{FIRES}")
     assert done.returncode == 1
 
 
 def test_before_the_first_sign_of_life_nothing_is_counted():
-    assert run(f"watchdog = {SHORT}\ntime.sleep(1)").returncode == 0
+    assert run(f"watchdog = Watchdog({SHORT})\ntime.sleep(1)").returncode == 0
 
 
-def test_a_limit_of_zero_is_none(monkeypatch):
-    monkeypatch.setattr(faulthandler, "dump_traceback_later", lambda *_, **__: pytest.fail("counts"))
+def test_a_limit_of_zero_is_none(told):
     before = signal.getsignal(signal.SIGTSTP)
     watchdog = Watchdog(0)
     watchdog.alive()
-    watchdog.rest()
+    assert told == []
     assert signal.getsignal(signal.SIGTSTP) == before
 
 
-def suspended_for_longer_than_the_limit(code):
-    """What is left of a process that was suspended by Ctrl-Z, waited, and went on: its exit code and stdout."""
-    command = [sys.executable, "-c", BEGIN + code]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def suspended(code):
+    """What is left of a process that was suspended by Ctrl-Z where `code` says so, and went on: its exit code, what it wrote."""
+    command = [sys.executable, "-c", f"{BEGIN}\nctrl_z = lambda: signal.raise_signal(signal.SIGTSTP)\n{code}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
-            assert process.stdout.readline() == "ready\n"
-            process.send_signal(signal.SIGTSTP)
-            assert os.WIFSTOPPED(os.waitpid(process.pid, os.WUNTRACED)[1])
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(2)
+            _, status = until(lambda: (found := os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG))[0] and found)
+            assert os.WIFSTOPPED(status), process.communicate()
             process.send_signal(signal.SIGCONT)
-            stdout, _ = process.communicate("fg\n", timeout=60)
+            stdout, stderr = process.communicate(timeout=GIVES_UP)
         finally:
             process.kill()
-    return process.returncode, stdout
+    return process.returncode, stdout, stderr
 
 
-def test_the_time_of_ctrl_z_until_fg_is_no_hang():
-    code = f"watchdog = {LONG}\nwatchdog.alive()\nprint('ready', flush=True)\nprint(input())"
-    assert suspended_for_longer_than_the_limit(code) == (0, "fg\n")
+def test_ctrl_z_suspends_and_fg_goes_on():
+    code = f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\nctrl_z()\nprint('goes on')"
+    assert suspended(code) == (0, "goes on\n", "")
+
+
+def test_the_time_of_ctrl_z_until_fg_is_no_hang(told):
+    Watchdog(1.5).alive()
+    signal.raise_signal(signal.SIGTSTP)
+    # A clock that still counted would have run out by then, and end the process as soon as that goes on.
+    assert told == [1.5, "rests", (os.getpid(), signal.SIGSTOP), 1.5]
 
 
 def test_after_fg_it_counts_anew():
-    code = f"watchdog = {LONG}\nwatchdog.alive()\nprint('ready', flush=True)\nprint(input(), flush=True)\ntime.sleep(600)"
-    assert suspended_for_longer_than_the_limit(code) == (1, "fg\n")
+    code = f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\nwatchdog.seconds = {SHORT}\nctrl_z()\ntime.sleep(6000)"
+    code, _, stderr = suspended(code)
+    assert (code, "Timeout (0:00:00.5" in stderr) == (1, True)
 
 
-def test_who_rested_at_ctrl_z_still_rests_after_fg():
-    code = f"watchdog = {SHORT}\nwatchdog.alive()\nwatchdog.rest()\nprint('ready', flush=True)\nprint(input())\ntime.sleep(1)"
-    assert suspended_for_longer_than_the_limit(code) == (0, "fg\n")
+def test_who_rested_at_ctrl_z_still_rests_after_fg(told):
+    watchdog = Watchdog(1.5)
+    watchdog.alive()
+    watchdog.rest()
+    signal.raise_signal(signal.SIGTSTP)
+    assert told == [1.5, "rests", "rests", (os.getpid(), signal.SIGSTOP)]
