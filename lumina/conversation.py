@@ -4,7 +4,6 @@ Headers and texts are encoded apart and joined as ids, and a control token ends 
 N tokens.
 """
 
-import functools
 import itertools
 import math
 import re
@@ -166,8 +165,17 @@ class _Frame(NamedTuple):
         return self.first if first else self.later
 
 
-@functools.lru_cache(maxsize=16)
+_FRAMES: dict[tuple[str, str], _Frame] = {}  # by the tokenizer's fingerprint, which decides its ids, and the template
+
+
 def _frame(tokenizer: Tokenizer, template: str) -> _Frame:
+    key = (tokenizer.fingerprint, template)
+    if key not in _FRAMES:
+        _FRAMES[key] = _framed(tokenizer, template)
+    return _FRAMES[key]
+
+
+def _framed(tokenizer: Tokenizer, template: str) -> _Frame:
     form = named(template)
     if missing := [token for token in form.control if token not in tokenizer.control]:
         fitting = ", ".join(name for name, each in TEMPLATES.items() if set(each.control) <= set(tokenizer.control))
