@@ -125,6 +125,12 @@ def run(arguments: list[str]) -> None:
 
         routing_page.add(routing)
 
+    data = commands.add_parser("data", help="prepare, show, check and report on data; train tokenizers", allow_abbrev=False)
+    if arguments[:1] == ["data"]:
+        from lumina.data.commands import add as add_data
+
+        add_data(data, arguments[1:])
+
     command = None
     if arguments[:1] == ["run"] and "--" in arguments:  # the command's own arguments are not for this parser to see
         split = arguments.index("--")

@@ -1,7 +1,7 @@
 """Text to token ids and back: byte-level BPE trained on the corpus, and other people's tokenizers behind one protocol.
 
-Control tokens (document end, padding, roles, turn end) are the last ids of every tokenizer. Only code that means them adds
-them: no text encodes to one, not even text that spells its name.
+Control tokens (document end, padding, roles, turn end, and what else a template of conversations needs) are the last ids of
+every tokenizer. Only code that means them adds them: no text encodes to one, not even text that spells its name.
 """
 
 import base64
@@ -14,9 +14,10 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -86,18 +87,33 @@ class Tokenizer(Protocol):
 
 
 class _Tokenizer(Tokenizer):
-    """Everything but encoding, from the bytes of each id. `source` is what decides them, as JSON or as the model's own file."""
+    """Everything but encoding, from the bytes of each id.
 
-    def __init__(self, kind: str, name: str, pieces: list[bytes], source: dict[str, Any] | bytes):
-        self.vocab_size = len(pieces) + len(CONTROL_TOKENS)
+    `source` is what decides them, as JSON or as the model's own file; `extra` are further control tokens, of which the file has
+    those in `own` itself.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        pieces: list[bytes],
+        source: dict[str, Any] | bytes,
+        extra: Sequence[str] = (),
+        own: Mapping[str, int] = MappingProxyType({}),
+    ):
+        self._control = control_tokens(extra)
+        added = [token for token in self._control if token not in own]
+        self.vocab_size = len(pieces) + len(added)
         self.name = name or f"{kind}-{self.vocab_size}"
-        self.control = {token: len(pieces) + i for i, token in enumerate(CONTROL_TOKENS)}
+        ids = dict(own) | {token: len(pieces) + i for i, token in enumerate(added)}
+        self.control = {token: ids[token] for token in self._control}
         self._kind, self._source = kind, source
-        self._pieces = pieces + [b""] * len(CONTROL_TOKENS)
+        self._pieces = pieces + [b""] * len(added)
         self._shown = {i: token for token, i in self.control.items()}
         self._adds_space = False  # encoding puts a space before each text, and decoding takes it away
         decides = hashlib.sha256(source).hexdigest() if isinstance(source, bytes) else source
-        self.fingerprint = hashlib.sha256(json.dumps([FORMAT, kind, CONTROL_TOKENS, decides]).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(json.dumps([FORMAT, kind, self._control, decides]).encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -116,7 +132,7 @@ class _Tokenizer(Tokenizer):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         values: dict[str, Any] = {"format": FORMAT, "kind": self._kind, "name": self.name, "fingerprint": self.fingerprint}
-        values["control"] = CONTROL_TOKENS
+        values["control"] = self._control
         if isinstance(self._source, bytes):
             (directory / _COPIED_AS[self._kind]).write_bytes(self._source)
         else:
@@ -147,7 +163,7 @@ class _Tokenizer(Tokenizer):
 
 
 class _BPE(_Tokenizer):
-    def __init__(self, name: str, pattern: str, ranks: list[bytes]):
+    def __init__(self, name: str, pattern: str, ranks: list[bytes], extra: Sequence[str] = ()):
         import tiktoken
 
         known = set(ranks)
@@ -155,7 +171,8 @@ class _BPE(_Tokenizer):
         if len(known) < len(ranks) or b"" in known or missing:
             raise ValueError(f"ranks hold a token twice, or an empty one, or lack bytes {missing}")
         # Readable and exact: each byte is the character of its number.
-        super().__init__("bpe", name, ranks, {"pattern": pattern, "ranks": [token.decode("latin-1") for token in ranks]})
+        source = {"pattern": pattern, "ranks": [token.decode("latin-1") for token in ranks]}
+        super().__init__("bpe", name, ranks, source, extra)
         mergeable = {token: rank for rank, token in enumerate(ranks)}
         # No special tokens: there is nothing that a text could spell.
         self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=mergeable, special_tokens={})
@@ -167,24 +184,24 @@ class _BPE(_Tokenizer):
         return [i for part in _parts(text) for i in self._encoding.encode_ordinary(part)]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "", extra: Sequence[str] = ()) -> Tokenizer:
     """Byte-level BPE learned from `texts`; equal pair counts merge the pair of lower ids, so equal texts give equal ids.
 
     Args:
         texts: the corpus, or a sample of it below 2 GiB; read once, one text in memory at a time is enough.
         vocab_size: 256 bytes, then merges, then the control tokens.
+        extra: further control tokens, as in `load_tokenizer`.
 
     Raises:
-        ConfigError: `vocab_size` does not hold bytes and control tokens.
+        ConfigError: `vocab_size` does not hold bytes and control tokens, or one of `extra` is named otherwise than they are.
         DataError: the texts hold fewer pairs to merge than asked for, or are too large.
     """
     import rustbpe
 
-    fixed = 256 + len(CONTROL_TOKENS)
+    control = len(control_tokens(extra))
+    fixed = 256 + control
     if vocab_size < fixed:
-        raise ConfigError(
-            f"model.vocab_size = {vocab_size}: must be at least {fixed}, 256 bytes and {len(CONTROL_TOKENS)} control tokens"
-        )
+        raise ConfigError(f"model.vocab_size = {vocab_size}: must be at least {fixed}, 256 bytes and {control} control tokens")
 
     def parts() -> Iterator[str]:
         size = 0
@@ -197,15 +214,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "") -> Tokenize
 
     trainer = rustbpe.Tokenizer()
     # Texts wait in a buffer of this many to be split in parallel; the ranks do not depend on it.
-    trainer.train_from_iterator(parts(), vocab_size - len(CONTROL_TOKENS), buffer_size=1024, pattern=GPT4_PATTERN)
+    trainer.train_from_iterator(parts(), vocab_size - control, buffer_size=1024, pattern=GPT4_PATTERN)
     ranks = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
-    reached = len(ranks) + len(CONTROL_TOKENS)
+    reached = len(ranks) + control
     if reached < vocab_size:
         raise DataError(
             f"model.vocab_size = {vocab_size}: the text has only {reached - fixed} pairs to merge, enough for {reached}; "
             f"set model.vocab_size to at most {reached}, or give more text"
         )
-    return _BPE(name or f"bpe-{vocab_size}", GPT4_PATTERN, ranks)
+    return _BPE(name or f"bpe-{vocab_size}", GPT4_PATTERN, ranks, extra)
+
+
+def control_tokens(extra: Sequence[str] = ()) -> tuple[str, ...]:
+    """The control tokens of a tokenizer with `extra` ones. Raises ConfigError for one that is not named like <|im_start|>."""
+    if unlike := [token for token in extra if not re.fullmatch(r"<\|[a-z0-9_]+\|>", token)]:
+        raise ConfigError(
+            f"control token {unlike[0]!r}: must be lower-case letters, digits and _ in bars, such as <|im_start|>"
+        )
+    return tuple(dict.fromkeys((*CONTROL_TOKENS, *extra)))
 
 
 def _valid(text: str) -> str:
@@ -236,7 +262,7 @@ def _parts(text: str) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------- named encodings
 
 
-def _load_named(name: str) -> Tokenizer:
+def _load_named(name: str, extra: Sequence[str]) -> Tokenizer:
     address, sha256 = _FILES[name]
     cache_name = hashlib.sha1((_PUBLIC + address).encode(), usedforsecurity=False).hexdigest()  # as tiktoken calls its copy
     public_name = address.rpartition("/")[2]
@@ -244,14 +270,14 @@ def _load_named(name: str) -> Tokenizer:
     directories = [Path(place) for place in (os.environ.get("TIKTOKEN_CACHE_DIR"), default) if place]
     for file in (directory / file_name for directory in directories for file_name in (cache_name, public_name)):
         if file.is_file():
-            return _load_ranks(file)
+            return _load_ranks(file, extra)
     raise DataError(
         f"{name}: its file {public_name} (sha256 {sha256}) is not on this machine, and nothing is downloaded; put it at "
         f"{directories[0] / public_name}, or set TIKTOKEN_CACHE_DIR to the directory that has it"
     )
 
 
-def _load_ranks(file: Path) -> Tokenizer:
+def _load_ranks(file: Path, extra: Sequence[str]) -> Tokenizer:
     """The named encoding that `file` is the public file of, whatever it is called."""
     content = _read(file)
     found = hashlib.sha256(content).hexdigest()
@@ -264,7 +290,7 @@ def _load_ranks(file: Path) -> Tokenizer:
         ranks = {i: bytes(byte_of[c] for c in piece) for piece, i in ids.items()}
     else:
         ranks = {int(rank): base64.b64decode(piece) for piece, rank in map(bytes.split, content.splitlines())}
-    return _BPE(name, _PATTERNS[name], [ranks[rank] for rank in range(len(ranks))])
+    return _BPE(name, _PATTERNS[name], [ranks[rank] for rank in range(len(ranks))], extra)
 
 
 @functools.cache
@@ -292,7 +318,7 @@ def _spaced(piece: str, is_byte: bool) -> bytes:
 class _SentencePiece(_Tokenizer):
     """Ids are the library's own. Lossless as far as the model is: identity normalisation and byte fallback lose nothing."""
 
-    def __init__(self, name: str, content: bytes):
+    def __init__(self, name: str, content: bytes, extra: Sequence[str] = ()):
         sentencepiece = _optional("sentencepiece", name)
         try:
             if not content:  # the library takes no bytes for no model yet
@@ -309,7 +335,7 @@ class _SentencePiece(_Tokenizer):
                 return b""
             return _spaced(model.id_to_piece(i), model.is_byte(i))
 
-        super().__init__("sentencepiece", "", [piece_bytes(i) for i in range(size)], content)
+        super().__init__("sentencepiece", "", [piece_bytes(i) for i in range(size)], content, extra)
         self._follow(model.decode)
 
     def encode(self, text: str) -> list[int]:
@@ -324,11 +350,12 @@ class _HuggingFace(_Tokenizer):
 
     Lossless as far as the file is: a normaliser loses what it replaces, and Metaspace the first space of a text.
 
-    Special tokens of the file are never produced. The library finds them in ordinary text, and a Unigram model does even when
-    they are not declared, so it gets them under unguessable names. Added tokens that are not special are text, and stay so.
+    Special tokens of the file are never produced; those that are `extra` keep their ids. The library finds them in ordinary
+    text, and a Unigram model does even when they are not declared, so it gets them under unguessable names. Added tokens that
+    are not special are text, and stay so.
     """
 
-    def __init__(self, name: str, content: bytes):
+    def __init__(self, name: str, content: bytes, extra: Sequence[str] = ()):
         tokenizers = _optional("tokenizers", name)
         try:
             spec = json.loads(content)
@@ -340,13 +367,14 @@ class _HuggingFace(_Tokenizer):
         unknown = spec["model"].get("unk_token")
         if spec["model"].get("unk_id") is not None:  # a Unigram model names it by number
             unknown = spec["model"]["vocab"][spec["model"]["unk_id"]][0]
-        special_bytes = dict.fromkeys(specials, b"") | {unknown: UNKNOWN}
+        special_bytes = dict.fromkeys(specials.values(), b"") | {unknown: UNKNOWN}
         added_bytes = {token["content"]: token["content"].encode() for token in spec["added_tokens"]} | special_bytes
         vocab = self._model.get_vocab(with_added_tokens=True)
         pieces = [b""] * (max(vocab.values()) + 1)
         for piece, i in vocab.items():
             pieces[i] = added_bytes[piece] if piece in added_bytes else to_bytes(piece)
-        super().__init__("huggingface", "", pieces, content)
+        own = {token: vocab[renamed] for token, renamed in specials.items() if token in set(extra) - set(CONTROL_TOKENS)}
+        super().__init__("huggingface", "", pieces, content, extra, own)
         self._follow(self._model.decode)
 
     def encode(self, text: str) -> list[int]:
@@ -357,8 +385,8 @@ class _HuggingFace(_Tokenizer):
         return [encoding.ids for encoding in found]
 
 
-def _rename_specials(spec: dict[str, Any]) -> set[str]:
-    """Give special tokens random names in `spec`, in place, and switch off what would change encoding; returns those names."""
+def _rename_specials(spec: dict[str, Any]) -> dict[str, str]:
+    """Give special tokens random names in `spec`, in place, and switch off what would change encoding; returns the names."""
     spec |= {"truncation": None, "padding": None, "post_processor": None}
     model = spec["model"]
     if "dropout" in model:
@@ -375,7 +403,7 @@ def _rename_specials(spec: dict[str, Any]) -> set[str]:
     if "merges" in model:
         merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         model["merges"] = [[a, b] for a, b in merges if not new.keys() & {a, b, a + b}]
-    return set(new.values())
+    return new
 
 
 def _bytes_of_piece(name: str, decoder: dict[str, Any]) -> Callable[[str], bytes]:
@@ -398,54 +426,64 @@ def _bytes_of_piece(name: str, decoder: dict[str, Any]) -> Callable[[str], bytes
 # ---------------------------------------------------------------------------------------------------------- loading
 
 
-def load_tokenizer(spec: str) -> Tokenizer:
+def load_tokenizer(spec: str, extra: Sequence[str] = ()) -> Tokenizer:
     """The tokenizer that `spec` names. Nothing is downloaded, and no pickle is read.
 
     Args:
         spec: gpt2, cl100k_base or o200k_base, or their public file; a SentencePiece .model; a Hugging Face tokenizer.json; a
             directory that `save` wrote into, or its lumina_tokenizer.json.
+        extra: control tokens beside CONTROL_TOKENS, such as <|im_start|>. A saved tokenizer keeps those that it has, and a
+            tokenizer.json its own special tokens of that name; the others get new ids at the end, of which a model that was
+            trained without them knows nothing.
 
     Raises:
+        ConfigError: one of `extra` is named otherwise than control tokens are.
         DataError: it is missing, damaged, not of these kinds, or needs a package that is not installed.
     """
     spec = str(spec)
     if spec in NAMED_ENCODINGS:
-        return _load_named(spec)
+        return _load_named(spec, extra)
     path = Path(spec)
     if path.is_dir():
         path = path / FILE
     if not path.is_file():
         raise DataError(f"{path}: no such tokenizer file; give one, or {', '.join(NAMED_ENCODINGS)}")
     if path.suffix == ".model":
-        return _SentencePiece(spec, _read(path))
+        return _SentencePiece(spec, _read(path), extra)
     if path.suffix != ".json":
-        return _load_ranks(path)
+        return _load_ranks(path, extra)
     content = _read(path)
     if hashlib.sha256(content).hexdigest() == _FILES["gpt2"][1]:
-        return _load_ranks(path)
+        return _load_ranks(path, extra)
     try:
         values = json.loads(content)
         saved = isinstance(values, dict) and "format" in values
     except ValueError as error:
         raise DataError(f"{path}: is not JSON: {error}") from error
-    return _load_saved(path, values) if saved else _HuggingFace(spec, content)
+    if not saved:
+        return _HuggingFace(spec, content, extra)
+    tokenizer = _load_saved(path, values, ())
+    return tokenizer if tokenizer.control.keys() >= set(extra) else _load_saved(path, values, extra)
 
 
-def _load_saved(path: Path, values: dict[str, Any]) -> Tokenizer:
-    if values["format"] != FORMAT or values.get("control") != list(CONTROL_TOKENS):
+def _load_saved(path: Path, values: dict[str, Any], more: Sequence[str]) -> Tokenizer:
+    """The saved tokenizer, which must be as it was saved, or one with `more` control tokens, which cannot be."""
+    control = values.get("control")
+    if values["format"] != FORMAT or not isinstance(control, list) or control[: len(CONTROL_TOKENS)] != list(CONTROL_TOKENS):
         raise DataError(f"{path}: its format is {values['format']!r}; this version reads {FORMAT!r} and its control tokens")
     tokenizer: _Tokenizer
     try:
         kind, name = values["kind"], str(values["name"])
+        extra = [*control[len(CONTROL_TOKENS) :], *more]
         if kind == "bpe":
-            tokenizer = _BPE(name, values["pattern"], [token.encode("latin-1") for token in values["ranks"]])
+            tokenizer = _BPE(name, values["pattern"], [token.encode("latin-1") for token in values["ranks"]], extra)
         else:
             load = {"sentencepiece": _SentencePiece, "huggingface": _HuggingFace}[kind]
-            tokenizer = load(str(path), _read(path.parent / _COPIED_AS[kind]))
+            tokenizer = load(str(path), _read(path.parent / _COPIED_AS[kind]), extra)
             tokenizer.name = name
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise DataError(f"{path}: cannot be used: {error!r}") from error
-    if tokenizer.fingerprint != values.get("fingerprint"):
+    if not more and tokenizer.fingerprint != values.get("fingerprint"):
         raise DataError(f"{path}: was changed after it was saved: its content has the fingerprint {tokenizer.fingerprint}")
     return tokenizer
 

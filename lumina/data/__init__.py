@@ -53,8 +53,8 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
 
     Args:
         sources: see `lumina.data.readers.plan`.
-        data: tokenizer, split and template. A `bpe` tokenizer is trained on the training documents of all sources, unless one is a
-            prepared directory, which has its own.
+        data: tokenizer, split and template. A `bpe` tokenizer is trained on the training documents of all sources, unless one
+            is a prepared directory, which has its own.
         vocab_size: the model's; a `bpe` tokenizer gets this many ids, any other must have at most as many.
         progress: is given a line now and then while it takes long, and one about records that were not kept.
 
@@ -74,13 +74,13 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         if source not in opened
     }
     plans = {source: plan(order.sources, recipe) for source, order in orders.items()}
-    extra = TEMPLATES[data.template].control
+    extra = TEMPLATES[data.template].extra
     if data.tokenizer != "bpe":
         tokenizer = load_tokenizer(data.tokenizer, extra)
     elif opened:
         tokenizer = next(iter(opened.values())).tokenizer
     else:
-        tokenizer = _trained(data, list(plans.values()), vocab_size, recipe, extra, progress)
+        tokenizer = _trained(data, [(order, plans[source]) for source, order in orders.items()], vocab_size, extra, progress)
     require_fits(tokenizer, vocab_size)
     for source, corpus in opened.items():
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
@@ -97,16 +97,16 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
 
 
 def _trained(
-    data: DataConfig, plans: list[Plan], vocab_size: int, recipe: Recipe, extra: tuple[str, ...], progress: Say
+    data: DataConfig, orders: list[tuple[Order, Plan]], vocab_size: int, extra: tuple[str, ...], progress: Say
 ) -> "Tokenizer":
     """The tokenizer of all sources, from the cache or trained now."""
     from lumina.tokenizer import load_tokenizer
 
-    key = [FORMAT, [each.fingerprint for each in plans], vocab_size, extra, data.held_out, data.text_field]
+    key = [FORMAT, [planned.fingerprint for _, planned in orders], vocab_size, extra, data.held_out, data.text_field]
     path = _cache_path(data, TOKENIZER, key)
     if not path.exists():
         with _appearing_whole(path) as directory:
-            train_tokenizer(plans, recipe, data.held_out, vocab_size, extra, 0, progress).save(directory)
+            train_tokenizer(orders, vocab_size, extra, 0, progress).save(directory)
     return load_tokenizer(str(path))
 
 

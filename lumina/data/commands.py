@@ -3,8 +3,6 @@
 import argparse
 import json
 import os
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +50,9 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     """A flag for each option of a recipe."""
     group = parser.add_argument_group("recipe")
     for name, default, about in options():
-        group.add_argument(
-            f"--{name.replace('_', '-')}", type=type(default), default=default, metavar=type(default).__name__.upper(), help=about
-        )
+        kind, flag = type(default), f"--{name.replace('_', '-')}"
+        about = f"{about} (default: {default})" if default else about
+        group.add_argument(flag, type=kind, default=default, metavar=kind.__name__.upper(), help=about)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
@@ -65,10 +63,9 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from lumina.data.pipeline import Order, told
+    from lumina.data.pipeline import Order
     from lumina.data.preparing import prepare_directory
     from lumina.runs.console import Console
-    from lumina.runs.units import si
 
     recipe = recipe_of(arguments)
     for flag, value, good, works in (
@@ -94,15 +91,16 @@ def _prepare(arguments: argparse.Namespace) -> None:
     )
     console.done()
     if arguments.json:
-        print(json.dumps({name: manifest[name] for name in ("kind", "records", "rejects", "steps", "sources", "seconds")}))
+        print(json.dumps({name: manifest[name] for name in ("kind", "records", "rejects", "steps", "sources")}))
         return
     print(summary(manifest, arguments.out))
 
 
 def summary(manifest: dict[str, Any], path: Path) -> str:
     """What a prepared directory holds, and what became of every record."""
+    from lumina.data.corpus import SIDES
     from lumina.runs.console import table
-    from lumina.runs.units import gib, si
+    from lumina.runs.units import si
 
     records, steps = manifest["records"], manifest["steps"]
     rows = [
@@ -115,12 +113,10 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
         told = [f"{about['changed']:,} changed"] if about["changed"] else []
         told += [f"{count:,} removed: {reason}" for reason, count in about["removed"].items()]
         rows.append((step, "\n".join(told) or "nothing changed or removed"))
-    for side in ("train", "held_out"):
+    for side in SIDES:
         of = manifest[side]
-        rows.append((side.replace("_", " "), f"{of['documents']:,} documents, {gib(of['bytes'])}, {si(of['tokens'])} tokens"))
-    name = manifest["tokenizer"]["name"]
-    share = sum(manifest[side]["bytes"] for side in ("train", "held_out")) / sum(
-        manifest[side]["tokens"] for side in ("train", "held_out")
-    )
-    rows.append(("tokenizer", f"{name}, {share:.2f} bytes a token"))
+        size = f"{of['bytes'] / 1e6:,.1f} MB, {si(of['tokens'])} tokens"
+        rows.append((side.replace("_", " "), f"{of['documents']:,} documents, {size}"))
+    size, tokens = (sum(manifest[side][what] for side in SIDES) for what in ("bytes", "tokens"))
+    rows.append(("tokenizer", f"{manifest['tokenizer']['name']}, {size / tokens:.2f} bytes a token"))
     return table(rows)

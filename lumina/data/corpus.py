@@ -104,4 +104,4 @@ def kind_of(kinds: set[str]) -> str:
 
 def _broken(path: Path, what: str) -> DataError:
     directory = path if path.is_dir() else path.parent
-    return DataError(f"{path}: {what}; delete {directory}, and prepare it again")
+    return DataError(f"{path}: {what}; delete {directory}, and it is made again")

@@ -56,14 +56,13 @@ def _begin() -> None:
     """In a worker: signals are for the first process, and without that there is nothing to do."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
 
-    def follow() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+def _follow(sentinel: int) -> None:
+    wait_for([sentinel])
+    os._exit(1)
 
 
 def _on_ray(units: list[Unit], job: Job) -> Iterator[tuple[Unit, Account] | None]:

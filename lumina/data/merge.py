@@ -139,7 +139,8 @@ def _drop_equal(units: list[_Unit], kept: list[np.ndarray], account: Account) ->
 
 
 def _drop_near(units: list[_Unit], kept: list[np.ndarray], recipe: Recipe, account: Account) -> None:
-    seen, numbers, told, count, start = NearDuplicates(recipe), array("q"), [], 0, 0
+    seen, numbers, count, start = NearDuplicates(recipe), array("q"), 0, 0
+    told: list[tuple[int, int]] = []
     for unit, keep in zip(units, kept, strict=True):
         signatures = unit.signatures(recipe.near_permutations)
         for index in np.flatnonzero(keep):

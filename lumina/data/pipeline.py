@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,10 @@ from lumina.data import engines, merge
 from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
 from lumina.data.readers import Plan, plan
 from lumina.data.recipe import Recipe
-from lumina.data.sources import place
-from lumina.data.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
+from lumina.data.records import place
 from lumina.data.shards import token_dtype
-from lumina.errors import ConfigError, DataError, UsageError
+from lumina.data.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
+from lumina.errors import ConfigError, DataError
 from lumina.runs.steps import sync_directory, sync_files
 from lumina.runs.units import duration, si
 
@@ -79,8 +79,7 @@ def fill(
     meter = Meter("merged", 0, say)
     vocab_size = tokenizer.vocab_size
     merged = merge.merge(units, order.recipe, order.held_out, vocab_size, token_dtype(vocab_size), shards, meter.at)
-    if plan(order.sources, order.recipe).fingerprint != planned.fingerprint:
-        raise DataError(f"{order}: changed while it was being read; run again when it rests")
+    require_unchanged(order, planned)
     account = Account()
     for _, path in units:  # in order: which samples stay does not depend on which worker was first
         account.add(read_account(path))
@@ -97,7 +96,16 @@ def fill(
     sync_directory(directory)
     shards.rmdir()
     shutil.rmtree(work)
+    train, held_out = merged.sides.values()
+    documents, size = train["documents"] + held_out["documents"], (train["bytes"] + held_out["bytes"]) / 1e6
+    say(f"{order}: {documents:,} documents, {size:,.1f} MB, of which {held_out['documents']:,} held out")
     return manifest
+
+
+def require_unchanged(order: Order, planned: Plan) -> None:
+    """Raise a DataError where the sources are no longer what was planned, so that what was made is neither old nor new."""
+    if plan(order.sources, order.recipe).fingerprint != planned.fingerprint:
+        raise DataError(f"{order}: changed while it was being read; run again when it rests")
 
 
 def _make_units(
@@ -149,31 +157,38 @@ def told(manifest: dict[str, Any]) -> str:
 
 
 def train_tokenizer(
-    plans: list[Plan], recipe: Recipe, held_out: float, vocab_size: int, extra: tuple[str, ...], sample: float, say: Say
+    orders: Sequence[tuple[Order, Plan]], vocab_size: int, extra: tuple[str, ...], sample: float, say: Say
 ) -> "Tokenizer":
-    """Byte-level BPE of the training documents of all plans, or of about `sample` bytes of them, spread evenly."""
+    """Byte-level BPE of the training documents of all sources, or of about `sample` bytes of them, spread evenly.
+
+    Raises DataError where there are none, or all are on one side of the split, or a source changes meanwhile.
+    """
     from lumina.tokenizer import MOST_TRAINING_BYTES, train_bpe
 
-    total = sum(each.bytes for each in plans)
+    total = sum(planned.bytes for _, planned in orders)
     share = min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
     account, meter = Account(), Meter("read for the tokenizer", total, say)
     places = array("d")
 
     def texts() -> Iterator[str]:
-        for each in plans:
-            for unit in each.units:
-                for document in cleaned(unit, recipe, account):
+        for order, planned in orders:
+            least = order.held_out
+            for unit in planned.units:
+                for document in cleaned(unit, order.recipe, account):
                     places.append(where := place(document.text))
-                    if where >= held_out and (where - held_out) / (1 - held_out) <= share:
+                    if where >= least and (where - least) / (1 - least) <= share:
                         yield document.text
                 meter.add(unit.bytes, 0, len(places) - meter.documents)
                 meter.tick()
         if not places:
-            raise DataError(f"the sources hold no document{_why_none(account)}")
-        merge.require_both_sides(places, held_out)
+            raise DataError(f"{', '.join(str(order) for order, _ in orders)}: holds no document{_why_none(account)}")
+        merge.require_both_sides(places, orders[0][0].held_out)
 
     say(f"training a tokenizer of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
-    return train_bpe(texts(), vocab_size, extra=extra)
+    tokenizer = train_bpe(texts(), vocab_size, extra=extra)
+    for order, planned in orders:
+        require_unchanged(order, planned)
+    return tokenizer
 
 
 def require_fits(tokenizer: "Tokenizer", vocab_size: int) -> None:
@@ -196,9 +211,7 @@ def save_whole(tokenizer: "Tokenizer", path: Path) -> None:
     making.rename(path)
 
 
-def _manifest(
-    order: Order, planned: Plan, tokenizer: "Tokenizer", account: Account, merged: merge.Merged
-) -> dict[str, Any]:
+def _manifest(order: Order, planned: Plan, tokenizer: "Tokenizer", account: Account, merged: merge.Merged) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "kind": merged.kind,

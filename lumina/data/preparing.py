@@ -3,13 +3,12 @@
 import json
 import shutil
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
-from lumina.data.corpus import FORMAT, MANIFEST, SIDES, TOKENIZER, is_prepared
+from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER, is_prepared
 from lumina.data.pipeline import WORK, Order, fill, save_whole, train_tokenizer
 from lumina.data.readers import Plan, plan, spool
 from lumina.errors import ConfigError, UsageError
@@ -51,9 +50,10 @@ def prepare_directory(
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a directory")
     work = out / WORK
-    work.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     lock = RunLock(out / ".lock")
     try:
+        work.mkdir(exist_ok=True)
         order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
         planned = plan(order.sources, order.recipe, console.status)
         for line in planned.formats:
@@ -74,7 +74,7 @@ def prepare_directory(
         return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
     finally:
         lock.release()
-        if not is_prepared(out) and not (work / ORDER).is_file():
+        if not (work / ORDER).is_file():
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -95,7 +95,9 @@ def _identity(order: Order, planned: Plan, tokenizer: str, vocab_size: int, samp
 
 def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     then, new = flat(before), flat(now)
-    changed = [f"{name}: {then.get(name)!r} -> {new.get(name)!r}" for name in {**then, **new} if then.get(name) != new.get(name)]
+    changed = [
+        f"{name}: {then.get(name)!r} -> {new.get(name)!r}" for name in {**then, **new} if then.get(name) != new.get(name)
+    ]
     if changed:
         raise UsageError(f"{out}: holds another order's work ({'; '.join(changed)}); choose another --out, or delete it")
 
@@ -105,11 +107,11 @@ def _tokenizer(
 ) -> "Tokenizer":
     from lumina.tokenizer import load_tokenizer
 
-    extra = TEMPLATES[order.template].control
+    extra = TEMPLATES[order.template].extra
     if (work / TOKENIZER).is_dir():
         return load_tokenizer(str(work / TOKENIZER), extra)
     if spec == "bpe":
-        made = train_tokenizer([planned], order.recipe, order.held_out, vocab_size, extra, sample, console.status)
+        made = train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
     else:
         made = load_tokenizer(spec, extra)
     save_whole(made, work / TOKENIZER)

@@ -1,5 +1,6 @@
 """What a source yields: documents, conversations and preference pairs, and why a record is none of them."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,6 +41,12 @@ class Document:
         plain = self.plain if self.turns else change(self.plain)
         same = plain == self.plain and turns == self.turns and rejected == self.rejected
         return self if same else replace(self, plain=plain, turns=turns, rejected=rejected)
+
+
+def place(text: str) -> float:
+    """Where a document falls in [0, 1), by the sha256 of its text; below the held-out fraction it is held out."""
+    digest = hashlib.sha256(text.encode("utf-8")).digest()
+    return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float
 
 
 class Reject(NamedTuple):

@@ -4,7 +4,6 @@ What is written is a function of the unit and the job alone, so that units may b
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -19,9 +18,8 @@ from lumina.data.cleaning import Step, steps
 from lumina.data.duplicates import exact_key, signature
 from lumina.data.readers import Unit, plan, read
 from lumina.data.recipe import Recipe
-from lumina.data.records import KINDS, PREFERENCE, TEXT, Document, Reject
+from lumina.data.records import KINDS, PREFERENCE, TEXT, Document, Reject, place
 from lumina.data.shards import token_dtype
-from lumina.data.sources import place
 from lumina.errors import DataError
 from lumina.runs.steps import sync_directory, sync_files
 
@@ -33,8 +31,8 @@ CHUNK_CHARACTERS = 2**20  # tokenised at once
 SAMPLES = 5  # of each kind of reject and each step, kept of a unit
 SAMPLE_CHARACTERS = 300
 
-# One record a document that was kept: token ids in all (of a preference, of both sides) and of the rejected side, sizes of its text,
-# where it falls in [0, 1) for the held-out split, and its 16 bytes for exact duplicates.
+# One record a document that was kept: token ids in all (of a preference, of both sides) and of the rejected side, sizes of its
+# text, where it falls in [0, 1) for the held-out split, and its 16 bytes for exact duplicates.
 DOCUMENT = np.dtype(
     [
         ("tokens", "<i8"),
@@ -85,7 +83,7 @@ class Account:
     def change(self, step: str, name: str, before: str, after: str) -> None:
         self.changed[step] = self.changed.get(step, 0) + 1
         if self.changed[step] <= SAMPLES:
-            first = len(os.path.commonprefix([before, after]))
+            first = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), 0)
             begin = max(0, first - SAMPLE_CHARACTERS // 3)
             self._sample(step, "changed", self.changed[step], name, before[begin:], after[begin:])
 
@@ -120,8 +118,8 @@ def directory_of(unit: Unit, job: Job) -> Path:
 
 
 def tokenise(unit: Unit, job: Job, threads: bool = False) -> Account:
-    """Make the files of a unit, or find them made: documents.bin, tokens.bin, names.jsonl, account.json and, where there are any,
-    roles.bin, turns.bin and signatures.bin. `threads` encodes in several.
+    """Make the files of a unit, or find them made: documents.bin, tokens.bin, names.jsonl, account.json and, where there are
+    any, roles.bin, turns.bin and signatures.bin. `threads` encodes in several.
 
     Raises DataError, in words for the user, where the tokenizer lets text become a control token.
     """
@@ -155,24 +153,25 @@ def cleaned(unit: Unit, recipe: Recipe, account: Account) -> Iterator[Document]:
         if isinstance(item, Reject):
             account.reject(item)
             continue
-        document: Document | None = item
-        for step in passing:
-            document = _after(step, document, account)
-            if document is None:
-                break
+        document = _after(item, passing, account)
         if document is not None:
             yield document
 
 
-def _after(step: Step, document: Document, account: Account) -> Document | None:
-    result = step(document)
-    if isinstance(result, str):
-        return account.remove(step.name, result, document.name, document.text)
-    if result is not document:
-        account.change(step.name, document.name, document.text, result.text)
-        if not (all(turn.text.strip() for turn in (*result.turns, *result.rejected)) and result.text.strip()):
-            return account.remove(step.name, "nothing left", document.name, document.text)
-    return result
+def _after(document: Document, passing: list[Step], account: Account) -> Document | None:
+    """What the steps leave of a document."""
+    for step in passing:
+        before, result = document, step(document)
+        if isinstance(result, str):
+            account.remove(step.name, result, before.name, before.text)
+            return None
+        document = result
+        if document is not before:
+            account.change(step.name, before.name, before.text, document.text)
+            if not (document.text.strip() and all(turn.text.strip() for turn in (*document.turns, *document.rejected))):
+                account.remove(step.name, "nothing left", before.name, before.text)
+                return None
+    return document
 
 
 def read_account(directory: Path) -> Account:
