@@ -353,7 +353,7 @@ def test_whatever_decides_the_tokens_decides_the_directory(tmp_path):
         prepare(config(tmp_path, path, held_out=0.31), BYTES),
         prepare(config(tmp_path, path, held_out=0.3), 270),
         prepare(config(tmp_path, path, held_out=0.3, text_field="text"), BYTES),
-        prepare(config(tmp_path, path, held_out=0.3, tokenizer=str(tmp_path / "mine")), BYTES),
+        prepare(config(tmp_path, path, held_out=0.3, tokenizer=str(tmp_path / "mine")), 270),
     ]
     assert len({corpus.path for corpus in [base, *others]}) == 6
 
