@@ -6,39 +6,43 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from lumina.conversation import TEMPLATES, jinja, render
+from lumina.data.records import Turn
 from lumina.errors import DataError
-from lumina.interchange.chat import ROLES, TEMPLATE, TURN_END, chat_ids
 from lumina.tokenizer import CONTROL_TOKENS, FILE, Tokenizer, _byte_of_character
 
 
-def write(directory: Path, tokenizer: Tokenizer, positions: int) -> bool:
+def write(directory: Path, tokenizer: Tokenizer, positions: int, template: str = "lumina") -> bool:
     """Write tokenizer.json and tokenizer_config.json; `positions`: tokens that the model takes.
+
+    `template` is that of lumina.conversation which the model has learned.
 
     Returns whether the chat template is with them: not where a copied tokenizer encodes a text otherwise after a control token.
 
     Raises:
         DataError: the tokenizer is SentencePiece's, or its file has a token of a control token's name.
     """
-    spec, config = tokenizer_json(tokenizer), tokenizer_config(positions)
-    if not (chat := _renders_alike(spec, tokenizer)):
+    spec, config = tokenizer_json(tokenizer), tokenizer_config(positions, tokenizer, template)
+    if not (chat := _renders_alike(spec, tokenizer, template)):
         del config["chat_template"]
     for name, values in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
         (directory / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return chat
 
 
-def _renders_alike(spec: dict[str, Any], tokenizer: Tokenizer) -> bool:
-    """Whether a rendered conversation has the ids of `chat_ids`: some tokenizers put a space before the first text alone."""
+def _renders_alike(spec: dict[str, Any], tokenizer: Tokenizer, template: str) -> bool:
+    """Whether a rendered text has the ids of `render`: some tokenizers put a space before the first text alone."""
     import tokenizers
 
     texts = ("What is\n\n2?", "", " 4. ")
-    messages = [{"role": "user", "content": text} for text in texts]
-    rendered = "".join(f"{ROLES['user']}{text}{TURN_END}" for text in texts)
+    form, turns = TEMPLATES[template], [Turn("user", text) for text in texts]
+    head = "".join(form.headers["user"]) + form.lead
+    rendered = form.between.join(f"{head}{text}{form.end}{form.after}" for text in texts)
     loaded = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    return bool(loaded.encode(rendered, add_special_tokens=False).ids == chat_ids(tokenizer, messages))
+    return bool(loaded.encode(rendered, add_special_tokens=False).ids == render(tokenizer, turns, template).ids.tolist())
 
 
-def tokenizer_config(positions: int) -> dict[str, Any]:
+def tokenizer_config(positions: int, tokenizer: Tokenizer, template: str) -> dict[str, Any]:
     """tokenizer_config.json.
 
     `split_special_tokens` stays off, as with it a rendered conversation would have no control token either; with it in a call,
@@ -51,8 +55,8 @@ def tokenizer_config(positions: int) -> dict[str, Any]:
         "split_special_tokens": False,
         "eos_token": "<|document_end|>",
         "pad_token": "<|padding|>",
-        "additional_special_tokens": list(CONTROL_TOKENS[2:]),
-        "chat_template": TEMPLATE,
+        "additional_special_tokens": list(tokenizer.control)[2:],
+        "chat_template": jinja(template, tokenizer.control),
     }
 
 
@@ -69,9 +73,10 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             spec |= {"truncation": None, "padding": None, "post_processor": None}
         else:
             raise DataError(f"tokenizer {tokenizer.name}: is of SentencePiece, which has no tokenizer.json; use --to canonical")
+    its_own = {each["content"] for each in spec["added_tokens"]} - set(CONTROL_TOKENS)
     spec["added_tokens"] += [
         {
-            "id": tokenizer.control[token],
+            "id": i,
             "content": token,
             "single_word": False,
             "lstrip": False,
@@ -79,7 +84,8 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "normalized": False,
             "special": True,
         }
-        for token in CONTROL_TOKENS
+        for token, i in tokenizer.control.items()
+        if token not in its_own
     ]
     _require_control_ids(spec, tokenizer)
     return spec

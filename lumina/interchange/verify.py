@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from lumina.config import ModelConfig
+from lumina.conversation import render
+from lumina.data.records import Turn
 from lumina.errors import CheckpointError, DataError, UsageError
-from lumina.interchange.chat import chat_ids
 from lumina.interchange.huggingface import ARCHITECTURES
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer
 
@@ -235,8 +236,8 @@ def greedy(ours: Ours, theirs: Theirs, prompt_T: np.ndarray, vocabulary: int) ->
 # -------------------------------------------------------------------------------------------------------------- ids
 
 
-def compare_ids(theirs: Any, tokenizer: Tokenizer, texts: list[str], chat: bool) -> dict[str, Any]:
-    """Whether a tokenizer of transformers gives the same ids, of conversations as well if `chat`.
+def compare_ids(theirs: Any, tokenizer: Tokenizer, texts: list[str], chat: bool, template: str = "lumina") -> dict[str, Any]:
+    """Whether a tokenizer of transformers gives the same ids, of conversations in `template` as well if `chat`.
 
     Raises CheckpointError, with the text, when not.
     """
@@ -247,9 +248,10 @@ def compare_ids(theirs: Any, tokenizer: Tokenizer, texts: list[str], chat: bool)
                 f"transformers' tokenizer gives other ids for {shortened(text)!r} than {tokenizer.name}; nothing was written"
             )
     same: dict[str, Any] = {"texts": len(texts), "equal": True, "chat_template": chat}
+    turns = [Turn(message["role"], message["content"]) for message in MESSAGES]
     for prompted in (False, True) if chat else ():
         rendered = theirs.apply_chat_template(list(MESSAGES), add_generation_prompt=prompted, return_dict=False)
-        if rendered != chat_ids(tokenizer, MESSAGES, prompted):
+        if rendered != render(tokenizer, turns, template, prompted).ids.tolist():
             raise CheckpointError("transformers gives other ids for a conversation; nothing was written")
     return same | ({"chat_equal": True} if chat else {})
 

@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config import DataConfig
+from lumina.conversation import render
+from lumina.data.records import Turn
 from lumina.data.sources import open_source
 from lumina.errors import DataError
-from lumina.interchange import chat, tokenizer_json
+from lumina.interchange import tokenizer_json
 from lumina.tokenizer import _PATTERNS, CONTROL_TOKENS, load_tokenizer, train_bpe
 
 # What the patterns tell apart, and what engines differ over: line ends, contractions and their odd cases, marks, new scripts.
@@ -79,6 +81,11 @@ def pair(bpe, tmp_path_factory):
 def loaded(directory, tokenizer):
     tokenizer_json.write(directory, tokenizer, 1 << 20)
     return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+
+
+def rendered(tokenizer, messages, prompted=False, template="lumina"):
+    turns = [Turn(message["role"], message["content"]) for message in messages]
+    return render(tokenizer, turns, template, prompted).ids.tolist()
 
 
 def with_pattern(directory, bpe, name):
@@ -154,9 +161,9 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize("prompted", [False, True])
-def test_the_template_gives_the_ids_of_chat_ids(pair, prompted):
+def test_the_template_gives_the_ids_of_render(pair, prompted):
     ours, theirs = pair
-    expected = chat.chat_ids(ours, MESSAGES, prompted)
+    expected = rendered(ours, MESSAGES, prompted)
     found = theirs.apply_chat_template(MESSAGES, add_generation_prompt=prompted, return_dict=False)
     assert found == expected
     control = [i for i in expected if i in ours.control.values()]
@@ -170,7 +177,7 @@ def test_the_template_keeps_every_text(pair, text):
     ours, theirs = pair
     messages = [{"role": "user", "content": text}]
     if not any(token in text for token in CONTROL_TOKENS):
-        assert theirs.apply_chat_template(messages, return_dict=False) == chat.chat_ids(ours, messages)
+        assert theirs.apply_chat_template(messages, return_dict=False) == rendered(ours, messages)
 
 
 @pytest.mark.parametrize("token", CONTROL_TOKENS)
@@ -179,7 +186,7 @@ def test_a_message_that_spells_a_control_token_is_refused_by_the_template_and_te
     messages = [{"role": "user", "content": f"a{token}"}]
     with pytest.raises(Exception, match="spells the control token"):
         theirs.apply_chat_template(messages)
-    ids = chat.chat_ids(ours, messages)
+    ids = rendered(ours, messages)
     assert [i for i in ids if i in ours.control.values()] == [ours.control["<|user|>"], ours.control["<|turn_end|>"]]
     assert ours.decode(ids) == f"<|user|>a{token}<|turn_end|>"
 
@@ -189,7 +196,7 @@ def test_an_unknown_role_is_refused_by_both(pair):
     with pytest.raises(Exception, match="role tool: must be one of system, user, assistant"):
         theirs.apply_chat_template([{"role": "tool", "content": ""}])
     with pytest.raises(DataError, match="role 'tool': must be one of system, user, assistant"):
-        chat.chat_ids(ours, [{"role": "tool", "content": ""}])
+        rendered(ours, [{"role": "tool", "content": ""}])
 
 
 def copied(directory, extra=()):
@@ -216,7 +223,7 @@ def test_a_copied_tokenizer_is_handed_through(tmp_path):
     for text in ("some more text", "<s> and <|user|>", "Ünïcode 🎉"):
         assert as_text(theirs, text) == ours.encode(text)
     messages = [{"role": "user", "content": "some text"}]
-    assert theirs.apply_chat_template(messages, return_dict=False) == chat.chat_ids(ours, messages)
+    assert theirs.apply_chat_template(messages, return_dict=False) == rendered(ours, messages)
 
 
 def test_a_copied_tokenizer_with_a_control_token_of_its_own_is_refused(tmp_path):
