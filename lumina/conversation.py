@@ -22,12 +22,6 @@ if TYPE_CHECKING:  # lumina.data renders, so that this module is loaded before i
 NONE, SYSTEM, USER, ASSISTANT, TEXT = 0, 1, 2, 3, 4
 CODES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 ROLES = tuple(CODES)
-_NAMES = {
-    "system": ("system", "developer"),
-    "user": ("user", "human", "prompter", "person", "customer"),
-    "assistant": ("assistant", "ai", "bot", "chatbot", "gpt", "chatgpt", "model", "agent"),
-}
-ALIASES = {name: role for role, names in _NAMES.items() for name in names}
 DEFAULT_LOSS_WEIGHTS = "assistant=1"
 
 _CONTROL = re.compile(r"<\|[a-z_]+\|>")
