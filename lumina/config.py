@@ -89,12 +89,19 @@ class ModelConfig:
 class DataConfig:
     """Text in, rows of tokens out."""
 
-    source: str = "stdlib"  # stdlib, synthetic, or comma-separated .txt and .jsonl files and globs
+    source: str = "stdlib"  # stdlib, synthetic, docstrings, files, globs...: separated by commas; a mixture: stdlib@3,a.jsonl@1
+    mode: str = "base_only"  # base_only, finetuning_only, hybrid (one stage after the other) or interleaved (rows mixed)
+    finetuning: str = "docstrings"  # the second source: of all modes but base_only
+    ratio: float = 0.5  # of fine-tuning: hybrid's share of steps, interleaved's share of rows
+    stages: str = ""  # in place of a mode: STEPS x LENGTH: MIXTURE; ..., such as 600: stdlib; 300 x 512: stdlib@3, docstrings@1
+    rows: str = "stream"  # of texts: stream (chunks, cut anywhere) or packed (whole documents); conversations are packed
+    template: str = "lumina"  # how conversations are written: lumina, chatml, instruct or chat
+    loss_weights: str = "assistant=1"  # of conversations: what a token of each role counts; roles not named are not learned
     text_field: str = ""  # field of .jsonl records; empty finds text, content, message, body or output
     tokenizer: str = "bpe"  # bpe (trained on the source), gpt2, cl100k_base, o200k_base, or a .model or .json file
     template: str = "lumina"  # of conversations: lumina, chatml, instruct or chat
     held_out: float = 0.02  # fraction of documents kept for evaluation, chosen by hash
-    sequence_length: int = 256  # T: tokens in a row
+    sequence_length: int = 256  # T: tokens in a row; of several stages, in the longest
     workers: int = 0  # processes that make batches; 0 makes them in threads
     cache_dir: str = ""  # where token shards are kept; empty is $LUMINA_CACHE or ~/.cache/lumina
 

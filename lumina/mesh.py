@@ -11,6 +11,7 @@ from typing import NamedTuple
 from lumina.architecture import Tensor, tensor_groups
 from lumina.config import Config, MeshConfig
 from lumina.errors import ConfigError
+from lumina.stages import lengths
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")  # outermost first: those along the last talk most
 ROWS = ("data", "fsdp", "expert")  # axes that split the rows of a batch
@@ -122,7 +123,7 @@ def fill(mesh: MeshConfig, devices: int) -> Sizes:
 
 def check(config: Config, sizes: Sizes) -> None:
     """Raise a ConfigError where rows, positions or a tensor's dimension do not divide by the axes that split them."""
-    train, model, T = config.train, config.model, config.data.sequence_length
+    train, model = config.train, config.model
     rows, parts = train.batch_size // train.micro_batches, sizes.row_parts
     if rows % parts:
         fits = max(n for n in range(1, parts + 1) if rows % n == 0)
@@ -132,7 +133,7 @@ def check(config: Config, sizes: Sizes) -> None:
             f"use a multiple of {parts} rows, or {axes}={fits}"
         )
     pieces = 2 * sizes.context * sizes.tensor if sizes.context > 1 else sizes.tensor
-    if T % pieces:
+    if T := next((T for T in [config.data.sequence_length, *lengths(config)] if T % pieces), None):
         axes = " x ".join(f"mesh.{axis} = {getattr(sizes, axis)}" for axis in SEQUENCE if getattr(sizes, axis) > 1)
         twice = " (twice mesh.context, as each device takes an early and a late part)" if sizes.context > 1 else ""
         raise ConfigError(f"data.sequence_length = {T}: must be a multiple of {pieces} for {axes}{twice}")

@@ -6,6 +6,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from lumina.errors import ConfigError
+from lumina.stages import MODES
+from lumina.stages import stages as stages_of
 
 if TYPE_CHECKING:
     from lumina.config import Config
@@ -112,6 +114,8 @@ def validate(config: "Config") -> "Config":
         ("model.moe", moe, "grouped_form", ("auto", "blocks", "ragged", "grouped_mm", "loop")),
         ("model.mod", mod, "scope", ("ffn", "block")),
         ("model.mod", mod, "router", ("learned", "random")),
+        ("data", d, "mode", MODES),
+        ("data", d, "rows", ("stream", "packed")),
         ("optim", o, "schedule", SCHEDULES),
         ("optim", o, "moment_dtype", ("float32", "bfloat16")),
         ("train", t, "compute_dtype", ("float32", "bfloat16", "float16")),
@@ -181,6 +185,8 @@ def validate(config: "Config") -> "Config":
     _require(0 <= m.dropout < 1, "model.dropout", m.dropout, "must be from 0 to below 1")
     _require(d.sequence_length >= 2, "data.sequence_length", d.sequence_length, "must be at least 2")
     _require(0 < d.held_out < 1, "data.held_out", d.held_out, "must be between 0 and 1")
+    _require(0 < d.ratio < 1, "data.ratio", d.ratio, "must be between 0 and 1")
+    stages_of(config)  # refuses those that cannot be
     _require(
         t.batch_size % t.micro_batches == 0,
         "train.batch_size",

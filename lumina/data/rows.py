@@ -1,16 +1,19 @@
 """Rows cut from a token stream by index, and batches as a pure function of the step.
 
-B rows a batch, T positions a row. Row r is tokens [r T, r T + T], so neighbours share one token and every token but the first
-is a target once an epoch. Nothing is stored between steps: any machine can make any batch from (seed, step).
+B rows a batch, T positions a row. Nothing is stored between steps: any machine can make any batch from (seed, step).
 """
 
 import hashlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from lumina.data.shards import TokenStream
 from lumina.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from lumina.data.packing import Plan
 
 ROUNDS = 8
 
@@ -38,6 +41,15 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     return result.astype(np.int64)
 
 
+def shuffled(index: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The rows, of n, that come at these places of an endless order, a new permutation each epoch; int64 of the same shape."""
+    epochs, numbers = np.divmod(index, n)
+    for epoch in np.unique(epochs):
+        within = epochs == epoch
+        numbers[within] = permute(numbers[within], n, seed, int(epoch))
+    return numbers
+
+
 def _mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64, which spreads every bit over the word."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -45,8 +57,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ x >> np.uint64(31)
 
 
+class RowSet(Protocol):
+    """Rows of one length, by number."""
+
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of these numbers, int64 [n]: inputs, targets, segments, positions int32 [n, T]; weights float32 [n, T].
+        Number -1 is a row that there is not: of token 0 and weight 0."""
+
+
 class Rows:
-    """The rows of a stream, by index.
+    """Chunks of a stream: row r is tokens [r T, r T + T], so neighbours share one token and every token but the first is a
+    target once an epoch.
 
     Raises:
         DataError: the stream is shorter than one row.
@@ -73,13 +98,77 @@ class Rows:
         start = index * self.sequence_length
         return self.stream.read(start, start + self.sequence_length + 1)
 
+    def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """As of `RowSet`: every target counts 1, and a document that goes on from the row before begins anew."""
+        tokens = np.zeros((len(numbers), self.sequence_length + 1), np.int32)
+        for i, number in enumerate(numbers.tolist()):
+            if number >= 0:
+                tokens[i] = self.row(number)
+        weights = np.broadcast_to((numbers >= 0)[:, None], (len(numbers), self.sequence_length)).astype(np.float32)
+        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # the one place where targets are shifted
+        segments, positions = segments_and_positions(inputs, self.document_end_id)
+        return {"inputs": inputs, "targets": targets, "weights": weights, "segments": segments, "positions": positions}
+
+
+class PackedRows:
+    """Rows of whole documents side by side, as planned: each piece is a segment with positions from 0."""
+
+    def __init__(self, stream: TokenStream, plan: "Plan", roles: TokenStream | None = None, weights: np.ndarray | None = None):
+        """
+        Args:
+            stream: the tokens.
+            plan: of `sequence_length` T.
+            roles: whose words each token is, as a code; None counts every target 1.
+            weights: float32 [codes], what a target of each code counts.
+        """
+        self.stream, self.plan, self.roles, self.code_weights = stream, plan, roles, weights
+        self.sequence_length = plan.sequence_length
+
+    def __len__(self) -> int:
+        return len(self.plan.rows) - 1
+
+    def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """As of `RowSet`. What pieces leave of a row is a segment of token 0 and weight 0."""
+        plan, T, n = self.plan, self.sequence_length, len(numbers)
+        if n and not -1 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {len(self)}")
+        there = np.maximum(numbers, 0)
+        first = np.asarray(plan.rows[there])
+        counts = np.where(numbers >= 0, plan.rows[there + 1] - first, 0)
+        ends = np.cumsum(counts)
+        piece = np.repeat(first - (ends - counts), counts) + np.arange(ends[-1] if n else 0)  # of all rows, one after another
+        starts, lengths = plan.starts[piece], plan.lengths[piece].astype(np.int64)
+        row = np.repeat(np.arange(n), counts)
+        before = np.cumsum(lengths) - lengths  # positions of the pieces before, those of earlier rows too
+        used = np.bincount(row, lengths, minlength=n).astype(np.int64)  # positions of each row that pieces fill
+        column = before - np.repeat(np.cumsum(used) - used, counts)
+        within = np.arange(lengths.sum()) - np.repeat(before, lengths)  # each position's place in its piece
+        at = np.repeat(row * T + column, lengths) + within
+        batch = {name: np.zeros(n * T, np.int32) for name in ("inputs", "targets")}
+        weights = np.zeros(n * T, np.float32)
+        pairs = list(zip(starts.tolist(), (starts + lengths + 1).tolist(), strict=True))
+        if pairs:
+            tokens = [self.stream.read(start, stop) for start, stop in pairs]
+            batch["inputs"][at] = np.concatenate([each[:-1] for each in tokens])
+            batch["targets"][at] = np.concatenate([each[1:] for each in tokens])
+            weights[at] = 1
+            if self.roles is not None and self.code_weights is not None:
+                codes = np.concatenate([self.roles.read(start + 1, stop) for start, stop in pairs])
+                weights[at] = self.code_weights[codes]
+        place = np.arange(T) - used[:, None]  # of what is left
+        segments, positions = (np.where(place >= 0, rest, 0).astype(np.int32) for rest in (counts[:, None], place))
+        segments.reshape(-1)[at] = np.repeat(np.arange(len(row)) - np.repeat(ends - counts, counts), lengths)
+        positions.reshape(-1)[at] = within
+        shaped = {name: array.reshape(n, T) for name, array in (*batch.items(), ("weights", weights))}
+        return {**shaped, "segments": segments, "positions": positions}
+
 
 class Batches:
     """Batches of rows: shuffled anew each epoch for training, in order for evaluation."""
 
     def __init__(
         self,
-        rows: Rows,
+        rows: RowSet,
         batch_size: int,
         seed: int,
         shuffle: bool = True,
@@ -88,7 +177,7 @@ class Batches:
     ):
         """
         Args:
-            rows: of one stream.
+            rows: of one source.
             batch_size: B, rows a step; all processes together.
             seed: of the order, a new one each epoch.
             shuffle: False reads them in order.
@@ -115,12 +204,8 @@ class Batches:
         """Which rows step `step` reads, int64 [B]. Epochs follow each other without a gap, within a batch if need be."""
         if step < 0 or self.consumed(step) < 0:
             raise IndexError(f"step {step}: steps count from 0")
-        epochs, numbers = np.divmod(self.consumed(step) + np.arange(self.batch_size, dtype=np.int64), len(self.rows))
-        if self.shuffle:
-            for epoch in np.unique(epochs):
-                within = epochs == epoch
-                numbers[within] = permute(numbers[within], len(self.rows), self.seed, int(epoch))
-        return numbers
+        index = self.consumed(step) + np.arange(self.batch_size, dtype=np.int64)
+        return shuffled(index, len(self.rows), self.seed) if self.shuffle else index % len(self.rows)
 
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This part of the batch of step `step`: inputs, targets, segments, positions int32 [B, T]; weights float32 [B, T]."""
@@ -133,18 +218,9 @@ class Batches:
             yield self._of(np.arange(start, min(start + self.batch_size, stop)))
 
     def _of(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        (blocks, parts), T = self.part, self.rows.sequence_length
+        blocks, parts = self.part
         numbers = np.pad(numbers, (0, self.batch_size - len(numbers)), constant_values=-1)  # rows that there are not
-        own = numbers.reshape(parts, -1)[list(blocks)].ravel()
-        tokens = np.zeros((len(own), T + 1), np.int32)
-        weights = np.zeros((len(own), T), np.float32)
-        for i, number in enumerate(own):
-            if number >= 0:
-                tokens[i] = self.rows.row(int(number))
-                weights[i] = 1
-        inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # the one place where targets are shifted
-        segments, positions = segments_and_positions(inputs, self.rows.document_end_id)
-        return {"inputs": inputs, "targets": targets, "weights": weights, "segments": segments, "positions": positions}
+        return self.rows.gather(numbers.reshape(parts, -1)[list(blocks)].ravel())
 
 
 def segments_and_positions(inputs_BT: np.ndarray, document_end_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,134 @@
+"""What a run reads, step by step: stages, each with its steps, row length and mixture of sources, from `data` of a config.
+
+Nothing is opened here: a config is refused before anything expensive.
+"""
+
+import math
+import re
+from fractions import Fraction
+from typing import TYPE_CHECKING, NamedTuple
+
+from lumina.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lumina.config import Config
+
+MODES = ("base_only", "finetuning_only", "hybrid", "interleaved")
+LONGEST_PERIOD = 100_000  # rows after which the order of sources repeats; a table of it is kept
+_HEAD = re.compile(r"(?:(\d+)\s*)?(?:x\s*(\d+)\s*)?:(.*)", re.DOTALL)  # STEPS x LENGTH: MIXTURE
+_WEIGHT = re.compile(r"(.*[^@\s])\s*@\s*(\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
+
+Mixture = tuple[tuple[str, int], ...]  # sources and whole weights without a common factor
+
+
+class Stage(NamedTuple):
+    """Some steps in a row that read rows of one length from one mixture."""
+
+    steps: int
+    sequence_length: int
+    mixture: Mixture
+
+    def __str__(self) -> str:
+        return f"{self.steps:,} steps of rows of {self.sequence_length:,} tokens from {spelled(self.mixture)}"
+
+
+def spelled(mixture: Mixture) -> str:
+    """A mixture as a config has it."""
+    return ", ".join(f"{source}@{weight}" for source, weight in mixture) if len(mixture) > 1 else mixture[0][0]
+
+
+def stages(config: "Config") -> list[Stage]:
+    """The stages of a run in order; their steps add up to train.steps.
+
+    Raises:
+        ConfigError: `data` cannot be read as stages, or asks for what cannot be.
+    """
+    data, steps = config.data, config.train.steps
+    if data.stages:
+        return _listed(data.stages, data.mode, steps, data.sequence_length)
+    base = _shares(data.source, "data.source")
+    if data.mode == "base_only":
+        return [Stage(steps, data.sequence_length, _whole(base, "data.source"))]
+    tuning = _shares(data.finetuning, "data.finetuning")
+    if data.mode == "finetuning_only":
+        return [Stage(steps, data.sequence_length, _whole(tuning, "data.finetuning"))]
+    ratio = Fraction(str(data.ratio))
+    if data.mode == "interleaved":
+        both = {source: share * (1 - ratio) for source, share in base.items()}
+        for source, share in tuning.items():
+            both[source] = both.get(source, Fraction()) + share * ratio
+        return [Stage(steps, data.sequence_length, _whole(both, "data.ratio"))]
+    later = min(max(round(ratio * steps), 1), steps - 1)
+    if steps < 2:
+        raise ConfigError(f"data.mode = 'hybrid': has two stages, and train.steps = {steps}; use at least 2")
+    mixtures = _whole(base, "data.source"), _whole(tuning, "data.finetuning")
+    return [Stage(n, data.sequence_length, each) for n, each in zip((steps - later, later), mixtures, strict=True)]
+
+
+def sources(config: "Config") -> list[str]:
+    """Every source of the stages once, in order of appearance."""
+    return list(dict.fromkeys(source for stage in stages(config) for source, _ in stage.mixture))
+
+
+def lengths(config: "Config") -> list[int]:
+    """Every row length of the stages once, in order of appearance."""
+    return list(dict.fromkeys(stage.sequence_length for stage in stages(config)))
+
+
+def _listed(spec: str, mode: str, steps: int, longest: int) -> list[Stage]:
+    named = f"data.stages = {spec!r}"
+    if mode != "base_only":
+        raise ConfigError(f"data.mode = {mode!r}: has stages of its own, and data.stages is set; use one of the two")
+    found: list[Stage] = []
+    parts = spec.split(";")
+    for number, part in enumerate(parts, 1):
+        head = _HEAD.fullmatch(part.strip())
+        count, length, mixture = head.groups() if head and (head[1] or head[2]) else (None, None, part)
+        if count is None and number < len(parts):
+            works = "STEPS: MIXTURE, or STEPS x LENGTH: MIXTURE; only the last stage may leave out its steps"
+            raise ConfigError(f"{named}: stage {number} does not say how many steps it has; write {works}")
+        own = steps - sum(stage.steps for stage in found) if count is None else int(count)
+        if own < 1:
+            what = "no step is left for it" if count is None else "it has no step"
+            raise ConfigError(f"{named}: stage {number}: {what}; train.steps = {steps}, and each stage takes at least 1 of them")
+        T = longest if length is None else int(length)
+        if not 2 <= T <= longest:
+            works = f"must be from 2 to data.sequence_length = {longest}, the longest"
+            raise ConfigError(f"{named}: stage {number} has rows of {T} tokens, which {works}")
+        where = f"{named}: stage {number}"
+        found.append(Stage(own, T, _whole(_shares(mixture, where), where)))
+    if (total := sum(stage.steps for stage in found)) != steps:
+        raise ConfigError(f"{named}: its stages have {total} steps, and train.steps = {steps}; make them equal")
+    return found
+
+
+def _shares(spec: str, where: str) -> dict[str, Fraction]:
+    """Sources and their shares, which add up to 1: `stdlib@3, notes/*.txt@1` has two, `a.txt, b.txt` one of two files."""
+    parts = [part.strip() for part in spec.split(",") if part.strip()]
+    if not parts:
+        raise ConfigError(f"{where} = {spec!r}: names no source; use such as stdlib, or stdlib@3,notes/*.txt@1")
+    weighted = [_WEIGHT.fullmatch(part) for part in parts]
+    if not any(weighted):
+        return {",".join(parts): Fraction(1)}
+    found: dict[str, Fraction] = {}
+    for part, match in zip(parts, weighted, strict=True):
+        if match is None:
+            raise ConfigError(f"{where}: {part!r} has no weight, and others of its mixture do; write {part}@1")
+        source, weight = match[1].strip(), Fraction(match[2])
+        if weight <= 0:
+            raise ConfigError(f"{where}: {part!r} has weight 0; leave it out, or use a weight above 0")
+        if source in found:
+            raise ConfigError(f"{where}: names {source} twice in a mixture; name it once")
+        found[source] = weight
+    total = sum(found.values())
+    return {source: weight / total for source, weight in found.items()}
+
+
+def _whole(shares: dict[str, Fraction], where: str) -> Mixture:
+    """The shares as the smallest whole weights."""
+    period = math.lcm(*(share.denominator for share in shares.values()))
+    if period > LONGEST_PERIOD:
+        raise ConfigError(
+            f"{where}: these weights repeat after {period:,} rows only, above {LONGEST_PERIOD:,}; use rounder ones, such as 3 and 1"
+        )
+    return tuple((source, int(share * period)) for source, share in shares.items())
