@@ -235,6 +235,11 @@ def at_capacity(config: Config, depth_capacity: float) -> Config:
     return replace(config, model=replace(config.model, mod=mod))
 
 
+def at_length(config: Config, sequence_length: int) -> Config:
+    """`config` with rows of this length alone: what a stage of growing length computes."""
+    return replace(config, data=replace(config.data, sequence_length=sequence_length, stages=""))
+
+
 def skippable(name: str, mod: MoDConfig) -> bool:
     """Whether a token that a Mixture-of-Depths layer skips passes by the tensor `name`."""
     inner = (".feedforward.", ".moe.") + ((".attention.", ".feedforward_norm.") if mod.scope == "block" else ())

@@ -90,7 +90,9 @@ def _listed(spec: str, mode: str, steps: int, longest: int) -> list[Stage]:
         own = steps - sum(stage.steps for stage in found) if count is None else int(count)
         if own < 1:
             what = "no step is left for it" if count is None else "it has no step"
-            raise ConfigError(f"{named}: stage {number}: {what}; train.steps = {steps}, and each stage takes at least 1 of them")
+            raise ConfigError(
+                f"{named}: stage {number}: {what}; train.steps = {steps}, and each stage takes at least 1 of them"
+            )
         T = longest if length is None else int(length)
         if not 2 <= T <= longest:
             works = f"must be from 2 to data.sequence_length = {longest}, the longest"

@@ -13,10 +13,17 @@ def evaluate(
     eval_step: Callable, variables: Variables, batches: Iterable[dict[str, Any]], alive: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """`held_out_figures` of all of `batches`, placed on the devices; `alive` is called after each."""
+    return held_out_figures(sums(eval_step, variables, batches, alive))
+
+
+def sums(
+    eval_step: Callable, variables: Variables, batches: Iterable[dict[str, Any]], alive: Callable[[], None] = lambda: None
+) -> list[dict[str, Any]]:
+    """What `eval_step` finds of each batch, at hand."""
     totals: list[Any] = []
     for batch in batches:
         totals.append(eval_step(variables, batch))
         if len(totals) > 1:
             totals[-2] = jax.device_get(totals[-2])  # one step behind, so that the devices never wait
         alive()
-    return held_out_figures(jax.device_get(totals))
+    return list(jax.device_get(totals))

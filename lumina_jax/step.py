@@ -129,7 +129,8 @@ def make_train_step(
 
     Args:
         mesh: of the devices that share each batch; the first device when None.
-        token_bytes: int [V], bytes of text a token stands for; `metrics` then has `text_bytes` of the targets.
+        token_bytes: int [V], bytes of text a token stands for; `metrics` then has `text_bytes` of the targets, and
+            `text_tokens`, how many there are.
         dtype: overrides the config's compute dtype.
     """
     optimizer, rate = make_optimizer(config), schedule(config.optim, config.train.steps)
@@ -187,6 +188,7 @@ def make_train_step(
         grads, metrics = _sum_over(M, gradients_of)
         if token_bytes is not None:
             metrics["text_bytes"] = _text_bytes(token_bytes, batch)
+            metrics["text_tokens"] = jnp.sum(batch["weights"] > 0, dtype=jnp.int32)
         # Counts are of whole rows, on each of a row's devices; all else is a device's share.
         metrics = jax.tree.map(lambda a: axes.sum(a, ROW_AXES if jnp.issubdtype(a.dtype, jnp.integer) else AXES), metrics)
         metrics["stop"] = axes.sum(jnp.sum(knobs.stop_N))

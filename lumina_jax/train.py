@@ -5,21 +5,24 @@ What happens, and in what order, is told in `lumina.runs.train`; here is what JA
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumina.architecture import at_capacity, depth_capacity_at
+from lumina.architecture import at_capacity, at_length, depth_capacity_at
 from lumina.config import Config, MeshConfig
+from lumina.data.rows import Batches
 from lumina.errors import LuminaError, exit_with
 from lumina.mesh import named
 from lumina.runs import processes, train
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.evaluation import figures_by_source
 from lumina.runs.loop import Backend
 from lumina.runs.origin import Origin
+from lumina.runs.text import Text
 from lumina.runs.units import gib
 
 if TYPE_CHECKING:  # jax is imported when a run and its data are in order
@@ -124,7 +127,7 @@ class Trainer:
 
     def backend(
         self,
-        text: train.Text,
+        text: Text,
         start: int,
         writes: bool,
         console: Console,
@@ -135,41 +138,47 @@ class Trainer:
 
         from lumina.generation import Sampling
         from lumina_jax.device import memory_of_each
-        from lumina_jax.evaluate import evaluate
+        from lumina_jax.evaluate import sums
         from lumina_jax.generate import Generator
         from lumina_jax.mesh import own_copy, place_each, place_rows
         from lumina_jax.step import controls, make_eval_step, make_train_step, state_shapes
 
-        config, mesh, tokenizer = self.config, self.mesh, text.corpus.tokenizer
+        config, mesh, tokenizer = self.config, self.mesh, text.tokenizer
         token_bytes = tokenizer.token_bytes()
         eval_step = jax.jit(make_eval_step(config, self.graphdef, token_bytes, mesh))
 
         def inputs(batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
             return place_rows(mesh, batch), controls(config, update, place_each(mesh, stop))
 
-        def compile_step(capacity: float) -> Any:
-            """The step at a depth capacity, which may be annealed."""
+        def compile_step(capacity: float, T: int, batch: dict[str, Any]) -> Any:
+            """The step at a depth capacity, which may be annealed, and a row length, which may grow."""
             console.status("compiling the training step")
-            began, stage = time.perf_counter(), at_capacity(config, capacity)
+            began, stage = time.perf_counter(), at_length(at_capacity(config, capacity), T)
             step = jax.jit(make_train_step(stage, state_shapes(stage)[1], mesh, token_bytes), donate_argnums=0)
-            compiled = step.lower(self.like, *inputs(text.train.batch(0), True, False)).compile()
-            at = f" for a depth capacity of {capacity:g}" if config.model.mod.anneal_steps else ""
-            console.say(f"compiled in {time.perf_counter() - began:.1f} s{at}")
+            compiled = step.lower(self.like, *inputs(batch, True, False)).compile()
+            at = [f"a depth capacity of {capacity:g}"] if config.model.mod.anneal_steps else []
+            at += [f"rows of {T:,} tokens"] if several else []
+            console.say(f"compiled in {time.perf_counter() - began:.1f} s" + (f" for {' and '.join(at)}" if at else ""))
             return compiled
 
-        first = depth_capacity_at(config.model.mod, start)
-        compiled = {first: compile_step(first)}
+        several = len({stage.sequence_length for stage in text.stages}) > 1
+        first = min(start, config.train.steps - 1)
+        of_first = depth_capacity_at(config.model.mod, first), text.train.sequence_length(first)
+        compiled = {of_first: compile_step(*of_first, text.train.batch(text.train.begin(first)))}
 
         def train_step(number: int, state: Any, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
-            capacity = depth_capacity_at(config.model.mod, number)
-            if capacity not in compiled:
+            made_for = depth_capacity_at(config.model.mod, number), text.train.sequence_length(number)
+            if made_for not in compiled:
                 with aside():
-                    compiled[capacity] = compile_step(capacity)
-            return compiled[capacity](state, *inputs(batch, update, stop))
+                    compiled[made_for] = compile_step(*made_for, batch)
+            return compiled[made_for](state, *inputs(batch, update, stop))
 
         def held_out_loss(state: Any, alive: Any) -> dict[str, Any]:
-            batches = (place_rows(mesh, batch) for batch in text.held_out.evaluation(config.train.eval_rows))
-            return evaluate(eval_step, state.variables, batches, alive)
+            def placed(batches: Batches) -> Iterator[Any]:
+                return (place_rows(mesh, batch) for batch in batches.evaluation(config.train.eval_rows))
+
+            totals = {name: sums(eval_step, state.variables, placed(of), alive) for name, of in text.held_out.items()}
+            return figures_by_source(totals)
 
         def sample(state: Any, count: int) -> list[str]:
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.like.variables))

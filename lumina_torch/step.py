@@ -132,7 +132,8 @@ def make_train_step(
     once it cannot be.
 
     Args:
-        token_bytes: int [V], bytes of text a token stands for; `metrics` then has `text_bytes` of the targets.
+        token_bytes: int [V], bytes of text a token stands for; `metrics` then has `text_bytes` of the targets, and
+            `text_tokens`, how many there are.
         dtype: overrides the config's compute dtype.
         device: where the state is, and where batches, of numpy arrays or tensors, are brought.
         pin_memory: batches are copied while the device works.
@@ -232,6 +233,7 @@ def make_gradients(
         total["stop"] = torch.tensor(int(np.sum(knobs.stop_N)), dtype=torch.int32)
         if token_bytes_V is not None:
             total["text_bytes"] = _text_bytes(token_bytes_V, batch)
+            total["text_tokens"] = (batch["weights"] > 0).sum()
         return totals(total, share)
 
     return gradients

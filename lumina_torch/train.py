@@ -18,8 +18,10 @@ from lumina.errors import ConfigError, UsageError, exit_with
 from lumina.runs import train
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.evaluation import figures_by_source
 from lumina.runs.loop import Backend
 from lumina.runs.origin import Origin
+from lumina.runs.text import Text
 
 if TYPE_CHECKING:  # torch is imported when a run and its data are in order
     from lumina_torch.checkpoint import Checkpoints
@@ -127,7 +129,7 @@ class Trainer:
 
     def backend(
         self,
-        text: train.Text,
+        text: Text,
         start: int,
         writes: bool,
         console: Console,
@@ -136,18 +138,19 @@ class Trainer:
         """What the loop calls."""
         from lumina.generation import Sampling
         from lumina_torch.device import fetch
-        from lumina_torch.evaluate import evaluate
+        from lumina_torch.evaluate import sums
         from lumina_torch.generate import Generator
         from lumina_torch.step import controls
 
-        config, tokenizer = self.config, text.corpus.tokenizer
+        config, tokenizer = self.config, text.tokenizer
         step, eval_step = self.make_steps(tokenizer.token_bytes())
-        seen: set[float] = set()  # depth capacities that have been compiled
+        seen: set[tuple[float, int]] = set()  # depth capacities and row lengths that have been compiled
 
         def train_step(number: int, state: Any, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
             capacity = depth_capacity_at(config.model.mod, number)
-            compiles = config.torch.compile and capacity not in seen
-            seen.add(capacity)
+            made_for = capacity, text.train.sequence_length(number)
+            compiles = config.torch.compile and made_for not in seen
+            seen.add(made_for)
             with aside() if compiles else nullcontext():
                 set_depth_capacity(state.transformer, capacity)
                 state, metrics = step(state, batch, controls(config, update, np.full(1, stop, np.int32)))
@@ -155,7 +158,13 @@ class Trainer:
             return state, metrics
 
         def held_out_loss(state: Any, alive: Any) -> dict[str, Any]:
-            return evaluate(eval_step, state.transformer, text.held_out.evaluation(config.train.eval_rows), alive)
+            rows = config.train.eval_rows
+            return figures_by_source(
+                {
+                    source: sums(eval_step, state.transformer, batches.evaluation(rows), alive)
+                    for source, batches in text.held_out.items()
+                }
+            )
 
         def sample(state: Any, count: int) -> list[str]:
             transformer = self.whole(state)

@@ -117,14 +117,19 @@ class Course(Batches):
         super().__init__(Tables(tables), batch_size, seed, part=part, first=first)
         self.legs = tuple(legs)
         self.starts = np.cumsum([0, *(leg.steps for leg in legs)])  # the first step of each stage, and the end
-        used, self._before = np.zeros(len(tables), np.int64), []
-        for leg in legs:  # a table that earlier stages used goes on where it was
-            self._before.append(used.copy())
-            used[list(leg.tables)] += leg.turns.counts(leg.steps * batch_size)
+        used = [np.zeros(len(tables), np.int64)]  # rows of each table before each stage, and at the end
+        for leg in legs:
+            used.append(used[-1].copy())
+            used[-1][list(leg.tables)] += leg.turns.counts(leg.steps * batch_size)
+        self._used = used
 
     def stage(self, step: int) -> int:
         """The stage that step `step`, counted from 0, is in; past the end it is the last."""
         return min(int(np.searchsorted(self.starts, step, side="right")), len(self.legs)) - 1
+
+    def begin(self, step: int) -> int:
+        """The first step of the stage of step `step`."""
+        return int(self.starts[self.stage(step)])
 
     def sequence_length(self, step: int) -> int:
         """Tokens in a row of step `step`."""
@@ -144,6 +149,13 @@ class Course(Batches):
         leg = self.legs[number := self.stage(step)]
         counts = leg.turns.counts(self.consumed(step + 1) - int(self.starts[number]) * self.batch_size)
         return {self.rows.tables[table].source: int(count) for table, count in zip(leg.tables, counts, strict=True)}
+
+    def epochs(self) -> dict[int, float]:
+        """How often each source, by number, is read in all steps."""
+        total: dict[int, float] = {}
+        for (source, rows), used in zip(self.rows.tables, self._used[-1].tolist(), strict=True):
+            total[source] = total.get(source, 0.0) + used / len(rows)
+        return total
 
     def following(self, step: int, consumed: int) -> "Course":
         """As of `Batches`. Raises a ConfigError where there are several stages and the rows do not follow."""
@@ -168,7 +180,7 @@ class Course(Batches):
             own = which == k
             source, rows = self.rows.tables[table]
             seed = self.seed + (source << SEED_BIT)
-            drawn = shuffled(self._before[stage][table] + place[own], len(rows), seed)
+            # A table that earlier stages used goes on where it was.
+            drawn = shuffled(self._used[stage][table] + place[own], len(rows), seed)
             numbers[own] = drawn + (table << TABLE_BIT)
         return numbers
-

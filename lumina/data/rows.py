@@ -200,6 +200,26 @@ class Batches:
         """Rows read before step `step`."""
         return self.first + step * self.batch_size
 
+    def stage(self, step: int) -> int:
+        """The stage that step `step`, counted from 0, is in."""
+        return 0
+
+    def begin(self, step: int) -> int:
+        """The first step of the stage of step `step`."""
+        return 0
+
+    def sequence_length(self, step: int) -> int:
+        """T of the rows of step `step`."""
+        return self.rows.sequence_length
+
+    def positions(self, start: int, stop: int) -> int:
+        """B T, added up over steps `start` to `stop`."""
+        return (stop - start) * self.batch_size * self.rows.sequence_length
+
+    def taken(self, step: int) -> dict[int, int]:
+        """Rows of each source, by number, that its stage has read up to and with step `step`."""
+        return {0: self.consumed(step + 1)}
+
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows step `step` reads, int64 [B]. Epochs follow each other without a gap, within a batch if need be."""
         if step < 0 or self.consumed(step) < 0:

@@ -65,6 +65,8 @@ def read_ledger(records: list[dict[str, Any]]) -> tuple[LedgerState, dict[str, d
     latest, disordered, unusable = 0, set(), 0
     for record in records:
         step, values = record.get("step"), {name: record[name] for name in found if name in record}
+        if "stage" in record and type(step) is int and not values:  # where a stage begins: its steps tell the rest
+            continue
         if of_step := {"rows", "loss"} <= values.keys():
             values.setdefault("update", "")
         known = (of_step or values.keys() == {"parameters"}) and all(isinstance(value, str) for value in values.values())

@@ -201,6 +201,8 @@ class Loop:
         if reported is None:
             return
         self._told |= reported["stop"]
+        if reported["began"]:
+            self.events.write("stage", reported["step"], reported["began"])
         for says in reported["warnings"]:
             self.events.write("routing", reported["step"], says)
         if reported["skipped"]:

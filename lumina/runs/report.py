@@ -10,9 +10,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
-from lumina.architecture import at_capacity, counts, depth_capacity_at, layer_kinds
+import numpy as np
+
+from lumina.architecture import at_capacity, at_length, counts, depth_capacity_at, layer_kinds
 from lumina.config import Config, TrainConfig
-from lumina.data import Corpus
 from lumina.data.rows import Batches
 from lumina.footprint import footprint
 from lumina.mesh import AXES, Sizes
@@ -23,10 +24,12 @@ from lumina.runs.library import kind, last_lines
 from lumina.runs.metrics import MetricsLog
 from lumina.runs.progress import Progress
 from lumina.runs.routing import RECENT, ExpertWatch
+from lumina.runs.text import Text
 from lumina.runs.units import flops_per_second, gib, si
+from lumina.stages import sources, spelled, stages
 
 
-def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, device: str, peak: float, forms: str) -> str:
+def opening(config: Config, run: RunDirectory, text: Text, start: int, device: str, peak: float, forms: str) -> str:
     """The table that a run begins with: what is about to happen, and what was chosen and why.
 
     `device`, `peak` (FLOP/s of matrix products) and `forms` (of kernels, with reasons) are the backend's to say.
@@ -35,9 +38,6 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
     count, needed, train, model = counts(config), footprint(config, sizes), config.train, config.model
     each = " on each device" if sizes.devices > 1 else ""
     kinds = layer_kinds(model)
-    tokens = train.batch_size * config.data.sequence_length
-    epochs = train.steps * tokens / corpus.train.num_tokens
-    manifest = corpus.manifest
     chosen = [forms]
     if any(kind.startswith("moe") for kind in kinds):
         capacity = f"capacity {model.moe.capacity_factor:g} a row" if model.moe.dispatch == "capacity" else "dropless"
@@ -63,21 +63,31 @@ def opening(config: Config, run: RunDirectory, corpus: Corpus, start: int, devic
                 f"optimizer {gib(needed.optimizer)}, activations {gib(needed.activations)}, "
                 f"temporaries {gib(needed.temporaries)}",
             ),
-            (
-                "data",
-                f"{config.data.source}: {si(corpus.train.num_tokens)} tokens to train on, "
-                f"{si(corpus.held_out.num_tokens)} held out; "
-                f"{manifest['tokenizer']['name']}, {sum(manifest['rejects']['counts'].values())} records rejected",
-            ),
-            (
-                "batch",
-                f"{train.batch_size} rows x {config.data.sequence_length} = {tokens:,} tokens"
-                + (f" in {train.micro_batches} micro-batches" if train.micro_batches > 1 else ""),
-            ),
-            ("steps", f"{train.steps:,}: {si(train.steps * tokens)} tokens, {epochs:.2f} epochs"),
+            *_reading(config, text),
             ("chosen", "\n".join(chosen)),
         ]
     )
+
+
+def _reading(config: Config, text: Text) -> list[tuple[str, str]]:
+    """The rows of the opening table about what is read."""
+    train, course = config.train, text.train
+    data = [
+        f"{source}: {si(corpus.train.num_tokens)} tokens to train on, {si(corpus.held_out.num_tokens)} held out; "
+        f"{text.tokenizer.name}, {sum(corpus.manifest['rejects']['counts'].values())} records rejected"
+        for source, corpus in text.corpora.items()
+    ]
+    lengths = list(dict.fromkeys(stage.sequence_length for stage in text.stages))
+    batches = ", ".join(f"{train.batch_size} rows x {T} = {train.batch_size * T:,} tokens" for T in lengths)
+    epochs = course.epochs()
+    read = [f"{epochs[n]:.2f} epochs" + (f" of {name}" if len(epochs) > 1 else "") for n, name in enumerate(text.corpora)]
+    several = len(text.stages) > 1 or len(text.corpora) > 1
+    return [
+        ("data", "\n".join(data)),
+        ("batch", batches + (f" in {train.micro_batches} micro-batches" if train.micro_batches > 1 else "")),
+        ("steps", f"{train.steps:,}: {si(course.positions(0, train.steps))} tokens, {', '.join(read)}"),
+        *([("stages", "\n".join(map(str, text.stages)))] if several else []),
+    ]
 
 
 class Reporter:
@@ -97,8 +107,8 @@ class Reporter:
         processes but the first, nothing is written."""
         self.config, self.console, self.log, self.ledger, self.batches = config, console, log, ledger, batches
         self.peak, self.fetch = peak, fetch
-        self.tokens = config.train.batch_size * config.data.sequence_length
-        self.flops_at = functools.cache(lambda capacity: counts(at_capacity(config, capacity)).training_flops)
+        self.stages, self.sources = stages(config), sources(config)
+        self.flops_at = functools.cache(lambda capacity, T: counts(at_length(at_capacity(config, capacity), T)).training_flops)
         self.rate = Rate()
         self.pending: tuple[int, Any, bool] | None = None  # step, metrics, update
         self.watch = ExpertWatch(config, _recent(log) if log else [])
@@ -118,7 +128,8 @@ class Reporter:
 
     def flush(self) -> dict[str, Any] | None:
         """Report the step under way, waiting for it. Returns what the loop decides by: step, loss, gradient_norm, skipped (how
-        many in a row), row_numbers, warnings (of the routers), and stop (whether a process was asked to)."""
+        many in a row), row_numbers, warnings (of the routers), began (what to say of a new stage), and stop (whether a process was
+        asked to)."""
         before, self.pending = self.pending, None
         return self._report(before)
 
@@ -127,20 +138,26 @@ class Reporter:
             return None
         step, metrics, update = dispatched
         metrics = self.fetch(metrics)
-        speed = self.rate.step(self.tokens)
-        loss = float(metrics["loss"])
+        T, loss = self.batches.sequence_length(step - 1), float(metrics["loss"])
+        speed = self.rate.step(self.config.train.batch_size * T)
         record = {
             "step": step,
             "loss": loss,
-            "bits_per_byte": loss * self.tokens / math.log(2) / max(int(metrics["text_bytes"]), 1),
+            "bits_per_byte": loss * int(metrics["text_tokens"]) / math.log(2) / max(int(metrics["text_bytes"]), 1),
             **{name: float(metrics[name]) for name in ("accuracy", "learning_rate", "gradient_norm")},
             **({"loss_scale": float(metrics["loss_scale"])} if "loss_scale" in metrics else {}),
             "tokens_per_second": speed,
-            "peak_fraction": speed * self.flops_at(depth_capacity_at(self.config.model.mod, step - 1)) / self.peak,
+            "peak_fraction": speed * self.flops_at(depth_capacity_at(self.config.model.mod, step - 1), T) / self.peak,
+            **self._of_stage(step),
         }
         logged = step % self.config.monitor.log_every == 0 or step == self.config.train.steps
         numbers, skipped = self.batches.row_numbers(step - 1), int(metrics["skipped"]) if update else 0
+        began = self._begins(step)
         if self.ledger is not None:
+            if began:
+                stage = self.batches.stage(step - 1)
+                of_stage = {"sequence_length": T, "mixture": spelled(self.stages[stage].mixture)}
+                self.ledger.append({"step": step, "stage": stage + 1, **of_stage})
             rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
             overflowed = not math.isfinite(record["gradient_norm"])  # float16, whose scale was halved instead of a skip
             why = "passed over" if not update else "skipped" if skipped else "overflowed" if overflowed else ""
@@ -151,11 +168,28 @@ class Reporter:
             complete = {**record, **_routing(metrics)}
             self.log.write("train", complete)
             warnings = self.watch.warnings(complete)
-        left = (self.config.train.steps - step) * self.tokens / speed if speed else math.inf
+        left = self.batches.positions(step, self.config.train.steps) / speed if speed else math.inf
         self.console.progress({**record, "seconds_left": left}, logged)
         decisive = {name: record[name] for name in ("step", "loss", "gradient_norm")}
-        told = {"warnings": warnings, "stop": bool(metrics["stop"])}
+        told = {"warnings": warnings, "stop": bool(metrics["stop"]), "began": began}
         return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), **told}
+
+    def _begins(self, step: int) -> str:
+        """What to say of a stage, not the first, that begins with step `step`; nothing of any other step."""
+        stage = self.batches.stage(step - 1)
+        if step == 1 or self.batches.stage(step - 2) == stage:
+            return ""
+        return f"step {step}: stage {stage + 1} of {len(self.stages)} begins: {self.stages[stage]}"
+
+    def _of_stage(self, step: int) -> dict[str, float]:
+        """Where there are several stages: which one, and its row length; several sources: the share of its rows from each."""
+        found: dict[str, float] = {}
+        if len(self.stages) > 1:
+            found |= {"stage": self.batches.stage(step - 1) + 1, "sequence_length": self.batches.sequence_length(step - 1)}
+        if len(self.sources) > 1:
+            taken = self.batches.taken(step - 1)
+            found |= {f"mixture/{self.sources[n]}": count / sum(taken.values()) for n, count in taken.items()}
+        return found
 
 
 def _recent(log: MetricsLog) -> list[dict[str, Any]]:
@@ -187,10 +221,14 @@ def compressors(text: bytes) -> dict[str, float]:
     }
 
 
-def evaluated_text(corpus: Corpus, held_out: Batches) -> bytes:
+def evaluated_text(text: Text) -> bytes:
     """The very bytes that an evaluation of all rows counts: those of its targets."""
-    tokens = corpus.held_out.read(1, len(held_out.rows) * held_out.rows.sequence_length + 1)
-    return corpus.tokenizer.decode_bytes(tokens)
+    found = []
+    for batches in text.held_out.values():
+        whole = Batches(batches.rows, batches.batch_size, seed=0, shuffle=False)  # the rows of all processes
+        tokens = [batch["targets"][batch["weights"] > 0] for batch in whole.evaluation()]
+        found.append(text.tokenizer.decode_bytes(np.concatenate(tokens)))
+    return b"".join(found)
 
 
 def figures(result: dict[str, Any]) -> str:

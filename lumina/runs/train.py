@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from lumina.config import Config, to_dict
-from lumina.data import Corpus, prepare
-from lumina.data.rows import Batches, Rows
 from lumina.errors import OUTPUT_CLOSED, STOPPED_AND_SAVED, ConfigError, LuminaError
 from lumina.flags import parse
 from lumina.runs import report
@@ -28,6 +26,7 @@ from lumina.runs.lock import RunLock
 from lumina.runs.loop import Backend, Loop
 from lumina.runs.origin import Origin
 from lumina.runs.progress import Progress
+from lumina.runs.text import Text, manifest, open_corpora, read
 
 SAMPLES = 3  # continuations printed at the end
 
@@ -43,14 +42,6 @@ class Framework(NamedTuple):
     remat: tuple[str, ...]  # for train.remat
     moments: tuple[str, ...]  # for optim.moment_dtype
     offload: tuple[bool, ...]  # for optim.offload
-
-
-class Text(NamedTuple):
-    """What a trainer reads: a corpus, and this process's rows of it."""
-
-    corpus: Corpus
-    train: Batches
-    held_out: Batches
 
 
 class Trainer(Protocol):
@@ -122,22 +113,22 @@ def _train_and_evaluate(
     run.check_same_config(config, accept_changes)
     require_own(run, framework.program)
     origin = Origin.of(config, run, accept_changes)
-    corpus = prepare(config.data, config.model.vocab_size, console.status)
+    corpora = open_corpora(config, console.status)
     console.done()
-    data = corpus.manifest | {"fingerprint": corpus.fingerprint}
+    data, tokenizer = manifest(corpora), next(iter(corpora.values())).tokenizer
     run.check_same_data(data, accept_changes)
     changes = run.changes(config) + run.data_changes(data)
     if origin:
         changes += origin.check_data(data, accept_changes)
-    if len(corpus.tokenizer.encode(config.monitor.sample_prompt)) >= config.data.sequence_length:
+    if len(tokenizer.encode(config.monitor.sample_prompt)) >= config.data.sequence_length:
         raise ConfigError(f"monitor.sample_prompt = {config.monitor.sample_prompt!r}: must leave room for an answer in a row")
 
     # ------------------------------------------------------------------------------- the model, new or where it stopped
     asked, trainer = config, make(config)
     config = trainer.config
     trainer.require_same("the config", sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest())
-    trainer.require_same("the data (data.source, data.tokenizer, Python's version)", corpus.fingerprint)
-    text = read(config, corpus, trainer.part)
+    trainer.require_same("the data (data.source, data.tokenizer, Python's version)", data["fingerprint"])
+    text = read(config, corpora, trainer.part, console.say)
     events = Events(run if writes else None, console.say)
     checkpoints = trainer.checkpoints(run, events, backup, origin)
     resources.callback(checkpoints.close)
@@ -165,16 +156,16 @@ def _train_and_evaluate(
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
     if writes:
-        run.record(asked, data, corpus.tokenizer)
+        run.record(asked, data, tokenizer)
     peak = trainer.peak()
-    console.say(report.opening(config, run, corpus, start, trainer.device, peak, forms))
+    console.say(report.opening(config, run, text, start, trainer.device, peak, forms))
     backend = trainer.backend(text, start, writes, console, lambda: loop.aside())
 
     # ------------------------------------------------------------------------------------------------------- the loop
     fingerprints: Record = {
         "config": config_fingerprint(asked),
-        "tokenizer": corpus.tokenizer.fingerprint,
-        "data": corpus.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+        "data": data["fingerprint"],
     }
     if origin:
         fingerprints["begun_from"] = origin.record
@@ -195,22 +186,13 @@ def _train_and_evaluate(
         result = {"step": step, "stopped_early": outcome == "stopped early", "held_out": progress.last}
         result["best_step"] = progress.best_step
         if config.train.eval_rows == 0:
-            result["compressors"] = report.compressors(report.evaluated_text(corpus, text.held_out))
+            result["compressors"] = report.compressors(report.evaluated_text(text))
         result["samples"] = samples
         run.write_result(result)
         events.write("finished", step)
         report.print_result(run, result)
         checkpoints.close(wait_for_backup=True)
     return 0
-
-
-def read(config: Config, corpus: Corpus, part: tuple[tuple[int, ...], int]) -> Text:
-    """The rows to train on, in the run's order, and those held out, as many at once as a micro-batch has."""
-    end, T, train = corpus.document_end_id, config.data.sequence_length, config.train
-    train_batches = Batches(Rows(corpus.train, T, end), train.batch_size, train.seed, part=part)
-    rows_at_once = train.batch_size // train.micro_batches
-    held_out = Batches(Rows(corpus.held_out, T, end), rows_at_once, seed=0, shuffle=False, part=part)
-    return Text(corpus, train_batches, held_out)
 
 
 def require_possible(framework: Framework, config: Config) -> None:
