@@ -99,7 +99,6 @@ class DataConfig:
     loss_weights: str = "assistant=1"  # of conversations: what a token of each role counts; roles not named are not learned
     text_field: str = ""  # field of .jsonl records; empty finds text, content, message, body or output
     tokenizer: str = "bpe"  # bpe (trained on the source), gpt2, cl100k_base, o200k_base, or a .model or .json file
-    template: str = "lumina"  # of conversations: lumina, chatml, instruct or chat
     held_out: float = 0.02  # fraction of documents kept for evaluation, chosen by hash
     sequence_length: int = 256  # T: tokens in a row; of several stages, in the longest
     workers: int = 0  # processes that make batches; 0 makes them in threads

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from lumina.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lumina.config import Config
+    from lumina.config import Config, DataConfig
 
 MODES = ("base_only", "finetuning_only", "hybrid", "interleaved")
 LONGEST_PERIOD = 100_000  # rows after which the order of sources repeats; a table of it is kept
@@ -73,6 +73,12 @@ def sources(config: "Config") -> list[str]:
 def lengths(config: "Config") -> list[int]:
     """Every row length of the stages once, in order of appearance."""
     return list(dict.fromkeys(stage.sequence_length for stage in stages(config)))
+
+
+def first_source(data: "DataConfig") -> str:
+    """The source of a run that has but one, else the first of its base."""
+    spec = data.finetuning if data.mode == "finetuning_only" and not data.stages else data.source
+    return next(iter(_shares(spec, "data.source")))
 
 
 def _listed(spec: str, mode: str, steps: int, longest: int) -> list[Stage]:

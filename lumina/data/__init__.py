@@ -20,17 +20,19 @@ from typing import TYPE_CHECKING
 from lumina.config import DataConfig
 from lumina.data.corpus import FORMAT, TOKENIZER, Corpus, is_prepared, open_corpus
 from lumina.data.pipeline import Order, fill, require_fits, told, train_tokenizer
-from lumina.data.readers import Plan, plan
+from lumina.data.readers import Plan, plan, read
 from lumina.data.recipe import Recipe
+from lumina.data.records import Document, place
 from lumina.data.rows import Batches, Rows
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
 from lumina.runs.lock import is_locked
+from lumina.stages import first_source
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-__all__ = ["Batches", "Corpus", "Rows", "TokenStream", "prepare", "prepare_all"]
+__all__ = ["Batches", "Corpus", "Rows", "TokenStream", "held_out_texts", "prepare", "prepare_all"]
 
 Say = Callable[[str], None]
 
@@ -68,11 +70,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
 
     recipe = Recipe(steps="none", text_field=data.text_field)
     opened = {source: open_corpus(Path(source)) for source in sources if is_prepared(Path(source))}
-    orders = {
-        source: Order(tuple(filter(None, map(str.strip, source.split(",")))), recipe, data.held_out, data.template)
-        for source in sources
-        if source not in opened
-    }
+    orders = {source: Order(_named(source), recipe, data.held_out, data.template) for source in sources if source not in opened}
     plans = {source: plan(order.sources, recipe) for source, order in orders.items()}
     extra = TEMPLATES[data.template].extra
     if data.tokenizer != "bpe":
@@ -94,6 +92,23 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         if says := told(corpus.manifest):
             progress(f"{corpus.manifest['source']['spec']}: {says}")
     return [opened[source] for source in sources]
+
+
+def held_out_texts(data: DataConfig) -> Iterator[str]:
+    """The texts that the first source of `data` holds out. Raises DataError, at once, where this machine does not have it."""
+    source, recipe = first_source(data), Recipe(steps="none", text_field=data.text_field)
+    if is_prepared(Path(source)):
+        corpus = open_corpus(Path(source))
+        starts = corpus.documents("held_out")
+        ends = zip(starts[:-1].tolist(), (starts[1:] - 1).tolist(), strict=True)
+        return (corpus.tokenizer.decode(corpus.held_out.read(start, end).tolist()) for start, end in ends)
+    units = plan(_named(source), recipe).units
+    records = (record for unit in units for record in read(unit, recipe))
+    return (each.text for each in records if isinstance(each, Document) and place(each.text) < data.held_out)
+
+
+def _named(source: str) -> tuple[str, ...]:
+    return tuple(filter(None, map(str.strip, source.split(","))))
 
 
 def _trained(

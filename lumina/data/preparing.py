@@ -72,6 +72,9 @@ def prepare_directory(
         replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
         made = _tokenizer(order, planned, tokenizer, vocab_size, sample, work, console)
         return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+    except OSError as error:
+        works = "free disk space, or mend it, and the same command goes on"
+        raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
     finally:
         lock.release()
         if not (work / ORDER).is_file():

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from lumina.config import DataConfig
+from lumina.data import held_out_texts
 from lumina.data.rows import segments_and_positions
 from lumina.errors import DataError, UsageError
 from lumina.interchange.compare import Distance, Routing, verdict, weights_that_differ
-from lumina.interchange.exporting import appearing, held_out_texts, here, require_new
+from lumina.interchange.exporting import appearing, here, require_new
 from lumina.interchange.side import Canonical, Foreign, Row, Side, is_foreign, one_document
 from lumina.interchange.state import backend_of
 from lumina.interchange.verify import CONTINUED, PROMPT, TOP, shortened
@@ -131,7 +132,7 @@ def held_out(a: Side, b: Side) -> tuple[Iterator[str], str]:
     """The texts that A's run held out, or B's, and their source; the embedded source's where their files are not here."""
     datas = [side.config.data for side in (a, b) if isinstance(side, Canonical)]
     data = next((data for data in datas if here(data)), DataConfig())
-    return held_out_texts([data]), f"held-out text of {data.source}"
+    return held_out_texts(data), f"held-out text of {data.source}"
 
 
 def same_ids(a: Side, b: Side, text: str, end: bool) -> list[int]:

@@ -9,7 +9,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from lumina.architecture import layer_kinds
 from lumina.config import TOKENIZER, Config, DataConfig, save
-from lumina.data.sources import open_source, place
+from lumina.data import held_out_texts
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange import huggingface, safe_tensors, tokenizer_json, verify
 from lumina.runs.steps import sync_directory
@@ -136,24 +136,19 @@ def held_out(config: Config, tokenizer: Tokenizer) -> tuple[np.ndarray, list[str
     positions = min(config.data.sequence_length, MOST_POSITIONS)
     own = here(config.data)
     sources = [config.data, DataConfig()] if own else [DataConfig()]
-    rows_NT = verify.rows_of(held_out_texts(sources), tokenizer, positions, ROWS)
-    pieces = (text[start : start + PIECE] for text in held_out_texts(sources) for start in range(0, len(text), PIECE))
+    rows_NT = verify.rows_of(chain.from_iterable(map(held_out_texts, sources)), tokenizer, positions, ROWS)
+    texts = chain.from_iterable(map(held_out_texts, sources))
+    pieces = (text[start : start + PIECE] for text in texts for start in range(0, len(text), PIECE))
     return rows_NT, list(islice(pieces, PIECES)), sources[0].source
 
 
 def here(data: DataConfig) -> bool:
     """Whether this machine has the source, which may be files of another."""
     try:
-        open_source(data)
+        held_out_texts(data)
     except DataError:
         return False
     return True
-
-
-def held_out_texts(sources: list[DataConfig]) -> Iterator[str]:
-    """The texts that each of these holds out."""
-    for data in sources:
-        yield from (document.text for document in open_source(data) if place(document.text) < data.held_out)
 
 
 def write_canonical(directory: Path, config: Config, found: Any, tokenizer: Tokenizer, about: dict[str, Any]) -> None:

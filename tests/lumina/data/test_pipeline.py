@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ def small_units(monkeypatch):
 
 def conversation(i):
     said = [{"role": "user", "content": f"What is {i} squared?"}, {"role": "assistant", "content": f"It is {i * i}."}]
-    return {"messages": said if i % 3 else [*said, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]}
+    more = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    return {"messages": said if i % 3 else said + more}
 
 
 def text(i):
@@ -57,9 +59,7 @@ def digests(directory):
 def texts_of(corpus, side):
     """Every document of a side, decoded, by its place in the index."""
     stream, starts = getattr(corpus, side), corpus.documents(side)
-    return [
-        corpus.tokenizer.decode(stream.read(int(a), int(b) - 1).tolist()) for a, b in zip(starts, starts[1:], strict=False)
-    ]
+    return [corpus.tokenizer.decode(stream.read(int(a), int(b) - 1).tolist()) for a, b in pairwise(starts)]
 
 
 # ------------------------------------------------------------------------------------------------------- what is made
@@ -119,7 +119,7 @@ def test_turns_and_roles_of_conversations_are_where_the_index_says(tmp_path, mon
             code = USER if ids[turn] == control["<|user|>"] else ASSISTANT
             assert roles[turn] == NONE
             assert (roles[turn + 1 : stop + 1] == code).all()
-        for a, b in zip(starts, starts[1:], strict=False):
+        for a, b in pairwise(starts):
             if ids[a] not in begins:
                 assert (roles[a:b] == TEXT).all()
             else:
@@ -280,7 +280,7 @@ def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
     before = digests(tmp_path / "out")
     assert prepare(tmp_path / "out", *sources) == json.loads((tmp_path / "out" / "manifest.json").read_text())
     for asked in ({"vocab_size": 301}, {"held_out": 0.2}, {"recipe": replace(Recipe(), min_characters=2)}):
-        with pytest.raises(UsageError, match="holds another order's work .*->.*choose another --out"):
+        with pytest.raises(UsageError, match=r"holds another order's work .*->.*choose another --out"):
             prepare(tmp_path / "out", *sources, **asked)
     write(sources[0], map(text, range(9)))
     with pytest.raises(UsageError, match="fingerprint"):
@@ -300,7 +300,7 @@ def test_a_directory_with_something_else_is_left_alone(tmp_path, sources):
 
 def test_mostly_bad_records_stop_it_and_tell_where(tmp_path):
     path = write(tmp_path / "a.jsonl", [*map(text, range(40)), *[3] * 60])
-    with pytest.raises(DataError, match=r"60 of 100 records are bad, above --max-bad 0\.5: 60 records rejected: .*rejects\.jsonl"):
+    with pytest.raises(DataError, match=r"60 of 100 records are bad, above --max-bad 0\.5: 60 records .*rejects\.jsonl"):
         prepare(tmp_path / "out", path)
     assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()[0])["name"] == f"{path}:41"
     assert prepare(tmp_path / "out", path, max_bad=0.6)["records"] == {"read": 100, "kept": 40}

@@ -1,13 +1,12 @@
 """Canonical directories of tiny random models, which stand for runs, and their tokenizer."""
 
 import functools
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from lumina.config import Config, DataConfig, OptimConfig, TrainConfig, validate
-from lumina.data.sources import open_source
+from lumina.data import held_out_texts
 from lumina.interchange.exporting import write_canonical
 from lumina.interchange.state import State
 from lumina.tokenizer import train_bpe
@@ -19,7 +18,7 @@ DATA = DataConfig(source="synthetic", sequence_length=T, held_out=0.2)
 
 @functools.cache
 def tokenizer():
-    return train_bpe((document.text for document in islice(open_source(DATA), 200)), V)
+    return train_bpe(held_out_texts(DataConfig(source="synthetic", held_out=0.1)), V)
 
 
 def run_of(directory: Path, model, whole=False, data=DATA):

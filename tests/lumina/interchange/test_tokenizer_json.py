@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lumina.config import DataConfig
 from lumina.conversation import render
+from lumina.data import held_out_texts
 from lumina.data.records import Turn
-from lumina.data.sources import open_source
 from lumina.errors import DataError
 from lumina.interchange import tokenizer_json
 from lumina.tokenizer import _PATTERNS, CONTROL_TOKENS, load_tokenizer, train_bpe
@@ -64,7 +64,7 @@ PARTS = [
 
 @pytest.fixture(scope="module")
 def texts():
-    return [document.text[:4000] for document in islice(open_source(DataConfig(source="stdlib")), 200)]
+    return [text[:4000] for text in islice(held_out_texts(DataConfig(source="stdlib", held_out=0.5)), 200)]
 
 
 @pytest.fixture(scope="module")
