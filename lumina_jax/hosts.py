@@ -1,6 +1,7 @@
 """The processes of one run, one a host or several on one: how they join, agree, tell each other things, and learn of a loss."""
 
 import atexit
+import contextlib
 import os
 import re
 import sys
@@ -122,11 +123,11 @@ def say_who_is_gone(error: Exception) -> None:
         return
     own, says = _pulse.own, f"{type(error).__name__}: {error}".splitlines()[0][:200]
     if not isinstance(error, (jax.errors.JaxRuntimeError, TimeoutError)) or not _OF_ANOTHER.search(str(error)):
-        _pulse.tell_all(f"process {own.number} of {own.count} failed: {says}")
+        _pulse.tell_why(f"process {own.number} of {own.count} failed: {says}")
+    elif not _pulse.known.wait(_pulse.patience):
         return
-    _pulse.known.wait(_pulse.silence + 2 * _pulse.period)
-    if _pulse.known.is_set() and own.number == 0:
-        time.sleep(1.5 * _pulse.period)  # when this process ends, so does what the others hear it from
+    if own.number == 0:  # when this process ends, so does what the others hear it from
+        _pulse.until_others_know()
 
 
 class _Pulse(threading.Thread):
@@ -137,62 +138,88 @@ class _Pulse(threading.Thread):
         self.own = own
         self.period = BEAT_SECONDS + own.count / 100  # a thousand processes are not to keep the first busy
         self.silence = SILENT_BEATS * self.period
+        self.patience = 3 * self.silence  # who is gone is known after a silence and some beats, late ones on a busy machine
         self.known = threading.Event()  # that one is gone
+        self._says = ""  # which, or why
         self._over = threading.Event()
+        self._beats = 0
+        self._silent = ""
         self._seen: dict[str, tuple[str, float]] = {}  # last sign of each, and when it changed
 
     def run(self) -> None:
-        client, number = _client(), 0
+        client = _client()
         while not self._over.wait(self.period):
-            number += 1
-            try:
-                client.key_value_set(f"lumina/beat/{self.own.number}", str(number), True)
-                says = self._look(client) if self.own.number == 0 else ""
-                gone = "" if says else _try_get(client, "lumina/gone")
-            except jax.errors.JaxRuntimeError:
-                says, gone = "", f"process 0 of {self.own.count} is gone: it does not answer"
-            if says:
-                self.tell_all(says)
-            elif gone:
-                self._say(gone)
+            self.beat(client)
+
+    def beat(self, client: Any) -> None:
+        """Give a sign of life, and hear who gives none."""
+        self._beats += 1
+        try:
+            client.key_value_set(f"lumina/beat/{self.own.number}", str(self._beats), True)
+            if self.own.number == 0:
+                self._look(client)
+            gone = {_last(key): says for key, says in client.key_value_dir_get("lumina/gone")}
+            says = gone.get("failed") or gone.get("silent", "")
+        except jax.errors.JaxRuntimeError:
+            says = f"process 0 of {self.own.count} is gone: it does not answer"
+        self._hear(client, says)
 
     def stop(self) -> None:
         self._over.set()
         self.join()
 
-    def tell_all(self, says: str) -> None:
-        """What the first to know says stands."""
-        try:
-            _client().key_value_set("lumina/gone", says)
-        except jax.errors.JaxRuntimeError:  # another was known before, or there is nobody to tell it to
+    def tell_why(self, says: str) -> None:
+        """What the first to fail says stands."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was before, or there is nobody to tell it to
+            _client().key_value_set("lumina/gone/failed", says)
+            self._hear(_client(), says)
+
+    def until_others_know(self) -> None:
+        """Wait until each process that gives signs of life has heard, or could not in a long time."""
+        end = time.monotonic() + self.patience
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            while time.monotonic() < end:
+                know = {_last(key) for key, says in _client().key_value_dir_get("lumina/known") if says}
+                if know.issuperset(_last(key) for key, silent in self._silences() if silent <= self.silence):
+                    return
+                time.sleep(self.period / 8)
+
+    def _hear(self, client: Any, says: str) -> None:
+        """Say it, unless it was said, and let the first process know."""
+        if says == self._says:
             return
-        self._say(says)
-
-    def _say(self, says: str) -> None:
-        if not self.known.is_set():
-            self.known.set()
+        self._says = says
+        if says:
             print(says, file=sys.stderr, flush=True)
+            self.known.set()
+        else:
+            self.known.clear()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            client.key_value_set(f"lumina/known/{self.own.number}", says, True)
 
-    def _look(self, client: Any) -> str:
-        """Who is silent, by the clock of this process."""
+    def _look(self, client: Any) -> None:
+        """Tell who is silent for longest, by the clock of this process; take it back of who is no longer."""
         now = time.monotonic()
         for key, sign in client.key_value_dir_get("lumina/beat"):
             if self._seen.get(key, ("", 0.0))[0] != sign:
                 self._seen[key] = (sign, now)
-        for key, (_, when) in self._seen.items():
-            if now - when > self.silence:
-                number = key.rpartition("/")[2]
-                return f"process {number} of {self.own.count} is gone, or hangs: no sign of life for {now - when:.0f} s"
-        return ""
+        key, silent = max(self._silences(), key=lambda each: each[1])
+        says = ""
+        if silent > self.silence:
+            who = f"process {_last(key)} of {self.own.count}"
+            says = f"{who} is gone, or hangs: no sign of life for {self.silence:.0f} s"
+        if says != self._silent:
+            self._silent = says
+            client.key_value_set("lumina/gone/silent", says, True)
+
+    def _silences(self) -> list[tuple[str, float]]:
+        now = time.monotonic()
+        return [(key, now - when) for key, (_, when) in tuple(self._seen.items())]
 
 
-def _try_get(client: Any, key: str) -> str:
-    try:
-        return str(client.key_value_try_get(key))
-    except jax.errors.JaxRuntimeError as error:
-        if "NOT_FOUND" not in str(error):
-            raise
-        return ""
+def _last(key: str) -> str:
+    """Part of it; the number of a process."""
+    return key.rpartition("/")[2]
 
 
 _pulse: _Pulse | None = None

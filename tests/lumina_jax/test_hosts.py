@@ -20,12 +20,16 @@ from lumina.interchange import state as interchange
 from lumina.interchange.orbax import from_leaves
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
+from lumina.runs.processes import Part
 from lumina.runs.steps import Steps
 from lumina.runs.supervisor import FINAL
+from lumina_jax import hosts
 from lumina_jax.checkpoint import _read, by_name, load
+from lumina_jax.hosts import SILENT_BEATS
 from tests.lumina_jax import together
 from tests.lumina_jax.tiny import tiny
 from tests.lumina_jax.together import CONFIG, Opened, like, same_bits, values
+from tests.waiting import GIVES_UP
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +45,9 @@ class Chapter(NamedTuple):
 def play(directory, *chapters):
     """Chapters of `tests.lumina_jax.together`, each (processes, devices of each, scenario, argument, ...)."""
     command = [sys.executable, "-m", together.__name__, str(directory), json.dumps(chapters)]
-    played = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    played = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=GIVES_UP
+    )
     assert played.returncode == 0, played.stderr
     return [
         Chapter(codes, *([path.read_text() for path in sorted(directory.glob(f"{name}-{n}-*"))] for name in ("out", "errors")))
@@ -233,3 +239,93 @@ def test_of_several_processes_one_speaks_and_each_says_how_it_joined(story):
         )
     assert "in 2 processes" in errors[0] + out[0]
     assert not [line for line in (errors[1] + out[1]).splitlines() if line.startswith(("step", "held out", "---", "next:"))]
+
+
+# --------------------------------------------------------------------------------------------------- signs of life
+
+
+class Service:
+    """What processes tell each other, as JAX's coordination service keeps it; time passes while one waits."""
+
+    def __init__(self, monkeypatch):
+        self.told, self.now, self.meanwhile = {}, 0.0, lambda: None
+        monkeypatch.setattr(hosts, "_client", lambda: self)
+        monkeypatch.setattr(hosts.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(hosts.time, "sleep", self.pass_by)
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        if key in self.told and not allow_overwrite:
+            raise jax.errors.JaxRuntimeError(f"ALREADY_EXISTS: {key}")
+        self.told[key] = value
+
+    def key_value_dir_get(self, key):
+        return [(each, value) for each, value in sorted(self.told.items()) if each.startswith(f"{key}/")]
+
+    def pass_by(self, seconds):
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.fixture
+def service(monkeypatch):
+    return Service(monkeypatch)
+
+
+def pulses(count):
+    return [hosts._Pulse(Part(number, count)) for number in range(count)]
+
+
+def test_who_is_silent_is_told_and_taken_back_once_there_are_signs_of_life_again(service, capsys):
+    first, second, third = pulses(3)
+
+    def beat(*alive):
+        for pulse in alive:
+            pulse.beat(service)
+        service.now += first.period
+        return [pulse.known.is_set() for pulse in (first, second, third)]
+
+    for _ in range(2):
+        assert beat(first, second, third) == [False] * 3
+    for _ in range(SILENT_BEATS + 1):
+        beat(second, first)
+    assert beat(first, second) == [True, True, False]
+    for _ in range(2):
+        found = beat(third, first, second)
+    assert found == [False] * 3
+    assert capsys.readouterr().err == "process 2 of 3 is gone, or hangs: no sign of life for 10 s\n" * 3  # each of them
+
+
+def test_the_first_to_fail_says_why_whoever_falls_silent_after_it(service, capsys):
+    first, second, third = pulses(3)
+    for pulse in (first, second, third):
+        pulse.beat(service)
+    third.tell_why("process 2 of 3 failed: of hunger")
+    second.tell_why("process 1 of 3 failed: without it")
+    for _ in range(2 * SILENT_BEATS):
+        service.now += first.period
+        first.beat(service)
+    assert capsys.readouterr().err == "process 2 of 3 failed: of hunger\n" * 2
+
+
+def test_the_first_process_waits_until_the_living_know_and_for_no_other(service):
+    first, second, third = pulses(3)
+    for pulse in (first, second, third):
+        pulse.beat(service)
+    for _ in range(2 * SILENT_BEATS):
+        service.now += first.period
+        first.beat(service)
+        service.key_value_set("lumina/beat/1", str(service.now), True)  # late with all else
+    began = service.now
+    service.meanwhile = lambda: service.now > began + 3 and second.beat(service)
+    first.until_others_know()
+    assert second.known.is_set()
+    assert began + 3 < service.now < began + 3 + first.period
+
+
+def test_the_first_process_waits_for_nobody_for_ever(service):
+    first, second = pulses(2)
+    service.meanwhile = lambda: service.key_value_set("lumina/beat/1", str(service.now), True) or first.beat(service)
+    service.meanwhile()
+    first.tell_why("process 0 of 2 failed: alone")
+    first.until_others_know()
+    assert service.now == pytest.approx(first.patience, abs=first.period)

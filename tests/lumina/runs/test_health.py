@@ -179,7 +179,7 @@ def test_a_limit_of_zero_is_none(told):
 
 
 def suspended(code):
-    """What is left of a process that was suspended by Ctrl-Z where `code` says so, and went on: its exit code, what it wrote."""
+    """What is left of a process that was suspended by Ctrl-Z by its `code`, and went on: its exit code, what it wrote."""
     command = [sys.executable, "-c", f"{BEGIN}\nctrl_z = lambda: signal.raise_signal(signal.SIGTSTP)\n{code}"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
