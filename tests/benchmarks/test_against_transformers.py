@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import GIVES_UP
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "against_transformers.py"
 SMALL = [
     "--length=16",
@@ -25,7 +27,7 @@ def _run(*arguments, before=""):
     as_script = "runpy.run_path(sys.argv[0], run_name='__main__')"
     program = f"{before}\nimport runpy, sys\nsys.argv = {[str(SCRIPT), *arguments]!r}\n{as_script}"
     command = [sys.executable, "-c", program] if before else [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[1], check=False, timeout=GIVES_UP)
 
 
 @pytest.mark.parametrize(("dense", "ours"), [(False, "jax"), (True, "torch")], ids=["mixtral", "llama"])

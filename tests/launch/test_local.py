@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -14,6 +13,7 @@ from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
 from tests.launch.scripts import ROOT
 from tests.lumina_jax.tiny import tiny
+from tests.waiting import GIVES_UP, until
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def supervised(tmp_path):
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
     yield process, RunDirectory(tmp_path / "run"), tmp_path / "said.txt"
     process.terminate()
-    process.wait(timeout=60)
+    process.wait(timeout=GIVES_UP)
 
 
 def children(pid):
@@ -44,33 +44,29 @@ def children(pid):
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if int(line.split()[1]) == pid]
 
 
-def until(condition, process, said):
-    """Wait until it is so, while the process lives."""
-    end = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < end, said.read_text()
-        time.sleep(0.1)
-
-
 def events(run, name):
     return [record for record in read_json_lines(run.events) if record["event"] == name]
 
 
 def test_one_killed_ends_the_other_both_start_again_and_sigterm_to_the_script_saves(supervised):
     process, run, said = supervised
+
+    def ended():
+        assert process.poll() is None, said.read_text()
+        return said.read_text()
+
     steps = Steps(run.checkpoints)
-    until(steps.all, process, said)
+    until(steps.all, ended)
     (script,) = children(process.pid)
     first, second = children(script)
     os.kill(second, signal.SIGKILL)
 
-    until(lambda: len(events(run, "started")) == 2, process, said)
+    until(lambda: len(events(run, "started")) == 2, ended)
     reached = steps.all()[-1]
-    until(lambda: steps.all()[-1] > reached, process, said)
+    until(lambda: steps.all()[-1] > reached, ended)
     (script,) = children(process.pid)
     os.kill(script, signal.SIGTERM)
-    assert process.wait(timeout=60) == 75, said.read_text()
+    assert process.wait(timeout=GIVES_UP) == 75, said.read_text()
 
     assert not {script, first, second} & set(children(1))  # gone, not orphaned
     (_, restart), (stopped,) = events(run, "started"), events(run, "stopped")

@@ -541,7 +541,7 @@ def test_an_end_does_not_wait_for_a_backup_unless_told_to(opened, state):
     may_end, made = threading.Event(), []
 
     def backup(step):
-        may_end.wait(60)
+        may_end.wait()
         made.append(step)
         return step
 

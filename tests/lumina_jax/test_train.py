@@ -13,7 +13,6 @@ import signal
 import struct
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +44,7 @@ from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.step import make_eval_step, state_shapes
 from lumina_jax.train import train_and_evaluate
 from tests.lumina_jax.tiny import T, V, tiny
+from tests.waiting import GIVES_UP, until
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 9, 3
@@ -91,10 +91,11 @@ def whole(tmp_path_factory):
 
 
 def train_command(*arguments, directory=ROOT):
-    """The finished command; one that trains where it should refuse is ended after a minute."""
+    """The finished command; one that trains where it should refuse is ended in the end."""
     command = [sys.executable, "-m", "lumina_jax.train", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    captured = {"capture_output": True, "text": True, "check": False}
+    return subprocess.run(command, cwd=directory, env=environment, timeout=GIVES_UP, **captured)
 
 
 def train_batches():
@@ -255,11 +256,12 @@ class Interruption(BaseException):
 
 def wait_for(path, process=None):
     """A checkpoint is written in the background; an interruption before it is on disk would be another test."""
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} was never written"
+
+    def ended():
         assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        return f"{path} was never written"
+
+    until(path.exists, ended)
 
 
 def interrupt(settings, run, after, checkpoint):
@@ -478,7 +480,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_command_that_goes_on(tmp_path):
     try:
         wait_for(run.ledger, process)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=GIVES_UP)
     finally:
         process.kill()
     assert process.returncode == 75, stderr

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +32,7 @@ from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
 from lumina_torch.train import train_and_evaluate
 from tests.lumina.interchange.states import assert_same, every_kind, make_directory
+from tests.waiting import GIVES_UP, until
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 9, 3
@@ -145,11 +145,11 @@ class Interruption(BaseException):
 
 
 def wait_for(path, process=None):
-    until = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < until, f"{path} was never written"
+    def ended():
         assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.02)
+        return f"{path} was never written"
+
+    until(path.exists, ended)
 
 
 def interrupt(settings, run, after, checkpoint):
@@ -299,7 +299,7 @@ def test_sigterm_saves_and_exits_with_75_and_the_command_goes_on(tmp_path):
     try:
         wait_for(run.ledger, process)
         process.send_signal(signal.SIGTERM)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=GIVES_UP)
     finally:
         process.kill()
     assert (process.returncode, stdout) == (75, ""), stderr

@@ -10,7 +10,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from lumina_torch.step import controls, init_state, make_eval_step, make_train_s
 from parity_tests.lanes import record
 from tests.lumina_jax.tiny import tiny
 from tests.lumina_torch.zero_worker import HALF, STAGES, STEPS, TOKEN_BYTES, batch, cases, numbers
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 CPU = decide("cpu", ["cpu"], "float32", False)
@@ -161,9 +161,7 @@ def together(out):
     for rank, log in enumerate(logs):
         env = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)}
         processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log))
-    end = time.monotonic() + 300
-    while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes) and time.monotonic() < end:
-        time.sleep(0.1)
+    until(lambda: any(p.poll() for p in processes) or all(p.poll() == 0 for p in processes))
     for process in processes:  # one that failed leaves the other waiting
         if process.poll() is None:
             process.kill()

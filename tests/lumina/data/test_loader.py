@@ -9,6 +9,7 @@ from lumina.config import DataConfig
 from lumina.data import Batches, Rows, prepare
 from lumina.data.loader import AHEAD, prefetch
 from lumina.errors import DataError
+from tests.waiting import GIVES_UP
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ class Counting:
 def join_threads():
     for thread in threading.enumerate():
         if thread.name.startswith("grain-prefetch"):
-            thread.join(timeout=20)
+            thread.join(timeout=GIVES_UP)
             assert not thread.is_alive(), f"{thread.name} did not end"
 
 

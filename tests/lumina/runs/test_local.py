@@ -4,15 +4,19 @@ import os
 import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
 
 from lumina.errors import UsageError
 from lumina.runs import local
 from lumina.runs.local import together
+from tests.waiting import GIVES_UP, until
 
+ROOT = Path(__file__).parents[3]
 NUMBER = "import os, signal, sys, time; number = int(os.environ['JAX_PROCESS_ID'])\n"
+# Process 1 goes on when process 0 has come so far.
+READY = "os.mkdir('ready') if number == 0 else [time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]\n"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 SAVES = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(75)))\n"
 
@@ -27,29 +31,29 @@ def python(text):
         ("", 0),
         ("sys.exit(75)", 75),
         ("sys.exit(75 * (number == 1))", 75),
-        ("number or time.sleep(3); sys.exit(93 if number else 1)", 93),
-        ("number or time.sleep(3); sys.exit(3 if number else 75)", 3),
-        ("number and time.sleep(3); sys.exit(3 if number else 75)", 3),
-        ("number == 2 and sys.exit(5); time.sleep(60)", 5),
-        ("number == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)", 137),
-        (SAVES + "number == 1 and (time.sleep(3), sys.exit(4)); time.sleep(60)", 4),
+        ("number or time.sleep(6000); sys.exit(93 if number else 1)", 93),
+        ("number or time.sleep(6000); sys.exit(3 if number else 75)", 3),
+        ("number and time.sleep(1); sys.exit(3 if number else 75)", 3),
+        ("number == 2 and sys.exit(5); time.sleep(6000)", 5),
+        ("number == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(6000)", 137),
+        (SAVES + "number == 1 and (time.sleep(1), sys.exit(4)); time.sleep(6000)", 4),
     ],
     ids=["done", "saved", "one_saved", "first", "after_75", "before_75", "refused", "killed", "others_save"],
 )
 def test_the_first_that_ends_badly_ends_the_others_and_gives_its_code(text, code):
-    began = time.monotonic()
-    assert together(python(text), 3) == code
-    assert time.monotonic() - began < 30
+    assert together(python(text), 3, grace=GIVES_UP) == code
 
 
-def test_the_others_are_asked_to_end(capfd):
+def test_the_others_are_asked_to_end(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     asked = "signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit(75)))\n"
-    assert together(python(asked + "number and (time.sleep(0.5), sys.exit(4)); time.sleep(60)"), 2, grace=5) == 4
+    assert together(python(asked + READY + "number and sys.exit(4); time.sleep(6000)"), 2, grace=GIVES_UP) == 4
     assert capfd.readouterr().out == "[0] asked\n"
 
 
-def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd):
-    assert together(python(DEAF + "number and (time.sleep(0.5), sys.exit(9)); time.sleep(60)"), 2, grace=0.2) == 9
+def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert together(python(DEAF + READY + "number and sys.exit(9); time.sleep(6000)"), 2, grace=0.2) == 9
     told = capfd.readouterr().err.splitlines()
     assert told[0].startswith("lumina local: process 1: crashed with exit code 9 after ")
     assert told[1:] == ["lumina local: the others have not ended in 0.2 s: killed"]
@@ -115,31 +119,33 @@ def test_numbers_that_cannot_be_are_refused(given, monkeypatch):
     ],
     ids=lambda value: "-".join(s.name for s in value) if isinstance(value, list) else None,
 )
-def test_a_signal_reaches_all_once_ready(signals, code):
+def test_a_signal_reaches_all_once_ready(signals, code, tmp_path):
     text = (
         "signal.signal(signal.SIGINT, lambda *_: os._exit(130))\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), sys.exit(75)))\n"
-        "print('ready', flush=True); time.sleep(60)"
+        "signal.signal(signal.SIGTERM, lambda *_: print('asked', flush=True))\n"
+        "print('ready', flush=True)\n"
+        "while not os.path.exists('saved'): time.sleep(0.01)\n"
+        "sys.exit(75)"
     )
     command = [sys.executable, "-m", "lumina.runs.local", "--count", "2", "--", *python(text)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
-        for _ in range(2):
-            assert launcher.stdout.readline()[3:] == " ready\n"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+        heard = [launcher.stdout.readline()[3:] for _ in range(2)]
         for number in signals:
             launcher.send_signal(number)
-            time.sleep(0.1)
-        assert launcher.wait(timeout=30) == code
+            heard += [launcher.stdout.readline()[3:] for _ in range(2)]
+        (tmp_path / "saved").touch()
+        assert launcher.wait(timeout=GIVES_UP) == code
+    ended = ["", ""] if code == 130 else [" asked\n"] * 2  # at once
+    assert heard == [" ready\n"] * 2 + [" asked\n"] * 2 * (len(signals) - 1) + ended
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a parent's death")
 def test_none_is_left_when_the_launcher_is_killed(tmp_path):
-    text = "print(os.getpid(), flush=True); time.sleep(60)"
+    text = "print(os.getpid(), flush=True); time.sleep(6000)"
     command = [sys.executable, "-m", "lumina.runs.local", "--count", "2", "--", *python(text)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pids = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
         launcher.kill()
     for pid in pids:
-        until = time.monotonic() + 10
-        while os.path.exists(f"/proc/{pid}") and time.monotonic() < until:
-            time.sleep(0.05)
-        assert not os.path.exists(f"/proc/{pid}")
+        until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))

@@ -9,12 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 
 import pytest
 
 from lumina.errors import UsageError
+from lumina.runs import lock
 from lumina.runs.lock import RunLock, holder, is_locked
+from tests.waiting import GIVES_UP
 
 HOLD = """
 import subprocess, sys
@@ -47,8 +48,10 @@ def path(tmp_path):
 
 
 def refusal(path):
-    with pytest.raises(UsageError) as error:
-        RunLock(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lock, "PATIENCE", 0.0)
+        with pytest.raises(UsageError) as error:
+            RunLock(path)
     return str(error.value)
 
 
@@ -64,17 +67,17 @@ def test_a_second_process_is_refused_with_id_and_host_of_the_first(path):
 
 
 def test_a_second_holder_in_one_process_is_refused(path):
-    lock = RunLock(path)
+    held = RunLock(path)
     assert f"process {os.getpid()} on " in refusal(path)
-    lock.release()
+    held.release()
 
 
 def test_a_refusal_leaves_the_lock_with_its_holder(path):
-    lock = RunLock(path)
+    held = RunLock(path)
     refusal(path)
     assert refusal(path)
     assert f"process {os.getpid()} on " in holder(path)
-    lock.release()
+    held.release()
 
 
 def test_a_released_lock_may_be_taken_again(path):
@@ -101,17 +104,17 @@ def test_a_program_that_the_holder_started_does_not_keep_the_lock(path):
 
 def test_a_dead_holders_record_is_replaced(path):
     path.write_text(json.dumps({"pid": 1, "host": "a" * 500, "since": "long ago"}) + "\n")
-    lock = RunLock(path)
+    held = RunLock(path)
     assert json.loads(path.read_text())["pid"] == os.getpid()
-    lock.release()
+    held.release()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b"[]", b"3", b'{"pid": 3}', b"\0" * 50])
 def test_a_holder_that_cannot_be_read_is_another_process(path, content):
-    lock = RunLock(path)
+    held = RunLock(path)
     path.write_bytes(content)
     assert refusal(path).startswith(f"{path.parent} is in use by another process; wait")
-    lock.release()
+    held.release()
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
@@ -121,7 +124,7 @@ def test_a_file_system_that_cannot_lock_is_refused(path, monkeypatch, number):
 
 
 def test_a_refused_lock_keeps_no_file_open(path, monkeypatch):
-    lock = RunLock(path)
+    held = RunLock(path)
     opened, closed = [], []
     real_open, real_close = os.open, os.close
 
@@ -138,7 +141,7 @@ def test_a_refused_lock_keeps_no_file_open(path, monkeypatch):
     refusal(path)
     monkeypatch.undo()
     assert opened == closed != []
-    lock.release()
+    held.release()
 
 
 @pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.symlink_to("no/such/directory")])
@@ -150,9 +153,9 @@ def test_a_lock_that_cannot_be_opened_is_refused_by_name(path, make):
 def test_on_a_full_disk_the_lock_holds_all_the_same(path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", lambda *_: fails(errno.ENOSPC))
-        lock = RunLock(path)
+        held = RunLock(path)
     assert "in use by another process" in refusal(path)
-    lock.release()
+    held.release()
 
 
 def test_whether_a_lock_is_held_can_be_asked(path):
@@ -176,12 +179,12 @@ def test_where_nothing_can_be_locked_nothing_is(path, monkeypatch):
 
 
 def test_asking_takes_nothing_from_the_holder(path):
-    lock = RunLock(path)
+    held = RunLock(path)
     before = path.read_bytes()
     assert is_locked(path)
     assert path.read_bytes() == before
     assert refusal(path)
-    lock.release()
+    held.release()
 
 
 def test_asking_keeps_no_lock(path):
@@ -190,8 +193,9 @@ def test_asking_keeps_no_lock(path):
     RunLock(path).release()
 
 
-def test_a_lock_that_is_held_for_an_instant_is_waited_for(tmp_path):
+def test_a_lock_that_is_held_for_an_instant_is_waited_for(tmp_path, monkeypatch):
     asking = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(asking, fcntl.LOCK_SH)
-    threading.Timer(0.1, os.close, [asking]).start()
+    monkeypatch.setattr(lock, "PATIENCE", GIVES_UP)
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: os.close(asking))
     RunLock(tmp_path / "lock").release()

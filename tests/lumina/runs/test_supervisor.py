@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from datetime import datetime, timedelta
 
 import pytest
@@ -16,6 +15,7 @@ from lumina import cli
 from lumina.errors import UsageError
 from lumina.runs import supervisor
 from lumina.runs.supervisor import cause_of, exit_code, supervise, wait_before_restart
+from tests.waiting import GIVES_UP, until
 
 PYTHON = [sys.executable, "-I", "-S", "-c"]
 
@@ -43,10 +43,9 @@ def note(text):
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: note(signal.Signals(number).name))
 note("listening")
-for _ in range(600):
-    if os.path.exists(end):
-        sys.exit(75)
+while not os.path.exists(end):
     time.sleep(0.1)
+sys.exit(75)
 """
 
 # A supervisor to send signals to, whatever the suite's own parent ignores.
@@ -86,14 +85,6 @@ def lines(path):
     return path.read_text(encoding="utf-8").splitlines()
 
 
-def until(true):
-    for _ in range(600):
-        if true():
-            return
-        time.sleep(0.05)
-    pytest.fail("waited in vain")
-
-
 @pytest.fixture
 def start():
     """Starts a supervisor as a process, in a process group of its own as a shell does."""
@@ -107,7 +98,7 @@ def start():
     yield start
     for process in started:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=GIVES_UP)
 
 
 @pytest.mark.parametrize("end", [75, 1, 7, 134, 137, 139, 143, 255, "SIGKILL", "SIGTERM", "SIGHUP"])
@@ -260,7 +251,7 @@ def test_what_a_crashed_command_left_running_is_killed_before_the_restart(tmp_pa
     leaves = f"""
 import fcntl, os, subprocess, sys, time
 lock = open({str(tmp_path / "lock")!r}, "a")
-for _ in range(600):
+for _ in range(12_000):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         break
@@ -269,7 +260,7 @@ for _ in range(600):
 else:
     sys.exit(93)
 if "LUMINA_RESTART_CAUSE" not in os.environ:
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], pass_fds=[lock.fileno()])
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(6000)"], pass_fds=[lock.fileno()])
     sys.exit(1)
 """
     assert supervise([*PYTHON, leaves], 20, wait=at_once) == 0
@@ -285,7 +276,7 @@ def test_a_signal_reaches_the_command_as_one_it_knows_and_ends_the_restarts(star
     process.send_signal(getattr(signal, name))
     until(lambda: len(lines(notes)) == 2)
     (tmp_path / "end").touch()
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=GIVES_UP)[1]
     assert process.returncode == 75
     assert lines(notes) == ["listening", arrives]
     assert f"no restart after {name}" in said
@@ -300,7 +291,7 @@ def test_ctrl_c_counts_once_and_the_second_counts_too(start, notes, tmp_path):
     process.terminate()  # by then, a further SIGINT would have come
     until(lambda: "SIGTERM" in lines(notes))
     (tmp_path / "end").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=GIVES_UP)
     assert lines(notes) == ["listening", "SIGINT", "SIGINT", "SIGTERM"]
 
 
@@ -312,7 +303,7 @@ def test_a_signal_reaches_what_a_shell_script_runs(start, notes, tmp_path):
     process.terminate()
     until(lambda: lines(notes) == ["listening", "SIGTERM"])
     (tmp_path / "end").touch()
-    process.communicate(timeout=60)
+    process.communicate(timeout=GIVES_UP)
     assert process.returncode == 75
 
 
@@ -324,14 +315,14 @@ def test_a_signal_that_comes_while_the_command_is_started_is_passed_on(notes, mo
         return started(*arguments, **options)
 
     monkeypatch.setattr(supervisor.subprocess, "Popen", interrupted)
-    assert supervise([*PYTHON, "import time; time.sleep(30)"], 20, wait=at_once) == 128 + signal.SIGTERM
+    assert supervise([*PYTHON, "import time; time.sleep(6000)"], 20, wait=at_once) == 128 + signal.SIGTERM
 
 
 def test_a_signal_is_sent_no_second_time(monkeypatch):
     sent = []
     send = os.killpg
     monkeypatch.setattr(supervisor.os, "killpg", lambda group, number: sent.append(number) or send(group, number))
-    asks_to_be_stopped = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(30)"
+    asks_to_be_stopped = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(6000)"
     assert supervise([*PYTHON, asks_to_be_stopped], 20, wait=at_once) == 128 + signal.SIGTERM
     assert sent == [signal.SIGTERM]  # the kernel merges two that are close, so that the command cannot tell
 
@@ -341,7 +332,7 @@ def test_a_signal_during_the_wait_ends_it(start, notes, number, code):
     process = start(LONG_WAIT, *ending(notes, 1))
     assert process.stderr.readline().endswith("; restart 1 of 20 in 3600 s\n")
     process.send_signal(number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=GIVES_UP)
     assert process.returncode == code
     assert len(lines(notes)) == 1
 
