@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lumina.data.embedded import stdlib_names, stdlib_root
 from lumina.data.records import Document, Turn
-from lumina.data.sources import _Stdlib
 
 LEAST, MOST = 20, 2000  # characters of a docstring; shorter ones say nothing, longer ones fill a row of a small model
 LONGEST_CODE = 1500  # characters of a function that is shown whole
@@ -65,11 +65,11 @@ class Definition(NamedTuple):
 
 def definitions() -> Iterator[Definition]:
     """What the library defines and documents, in the order of its files and lines; the first of a name."""
-    library = _Stdlib()
-    for path in library.names:
+    root = stdlib_root()
+    for path in stdlib_names():
         module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         try:
-            with tokenize.open(library.root / path) as file:  # decodes as the coding cookie says
+            with tokenize.open(root / path) as file:  # decodes as the coding cookie says
                 source = file.read()
             found = list(_of_module(module, source))
         except (SyntaxError, ValueError):  # what tools keep for other Pythons; `stdlib` counts what is not in its encoding
