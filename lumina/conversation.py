@@ -226,13 +226,13 @@ def _weight(spec: str, role: str, number: str) -> float:
         weight = float(number)
     except ValueError:
         weight = math.nan
-    if not 0 <= weight < math.inf:
+    if not 0 <= weight <= float(np.finfo(np.float32).max):
         raise ConfigError(f"loss_weights = {spec!r}: {role} has {number!r}; must be a number of at least 0, as in {role}=1.5")
     return weight
 
 
 def jinja(template: str, control: Iterable[str] = CONTROL_TOKENS) -> str:
-    """The template in Jinja, for software that renders a text and then encodes it.
+    """The template in Jinja, for software that renders a text of at least one message and then encodes it.
 
     A rendered text cannot tell a control token from text that spells one: such a text is refused there, and not in `render`.
 
@@ -241,9 +241,8 @@ def jinja(template: str, control: Iterable[str] = CONTROL_TOKENS) -> str:
     """
     form = named(template)
     heads = ", ".join(f"{_quoted(role)}: {_quoted(''.join(form.headers[role]))}" for role in ROLES)
-    # The text between turns, where there is one; a prompt may have no turn before it.
-    separated = ["loop.first", "not messages"]
-    between = [f"('' if {no} else {_quoted(form.between)}) ~ " if form.between else "" for no in separated]
+    between = _quoted(form.between) + " ~ " if form.between else ""
+    before = f"('' if loop.first else {_quoted(form.between)}) ~ " if form.between else ""
     lead, end, prompted = (f" ~ {_quoted(text)}" if text else "" for text in (form.lead, form.end + form.after, form.prompted))
     return (
         f"{{%- set roles = {{{heads}}} -%}}"
@@ -256,9 +255,9 @@ def jinja(template: str, control: Iterable[str] = CONTROL_TOKENS) -> str:
         "{{- raise_exception('a message spells the control token ' ~ token ~ ', which it would become') -}}"
         "{%- endif -%}"
         "{%- endfor -%}"
-        "{{- " + between[0] + "roles[message['role']]" + lead + " ~ message['content']" + end + " -}}"
+        "{{- " + before + "roles[message['role']]" + lead + " ~ message['content']" + end + " -}}"
         "{%- endfor -%}"
-        "{%- if add_generation_prompt -%}{{- " + between[1] + "roles['assistant']" + prompted + " -}}{%- endif -%}"
+        "{%- if add_generation_prompt -%}{{- " + between + "roles['assistant']" + prompted + " -}}{%- endif -%}"
     )
 
 

@@ -1,4 +1,4 @@
-"""`lumina data show`: a record of a file as the tokens that training sees, with their ids and the weight of each in the loss."""
+"""`lumina data show`: a record of a file as the tokens that training sees, their ids and the weight of each in the loss."""
 
 import argparse
 import itertools

@@ -522,3 +522,66 @@ def test_a_damaged_file_of_a_named_encoding_is_refused_and_left_where_it_is(load
 def test_an_unknown_name_is_refused_with_those_there_are():
     with pytest.raises(DataError, match="gpt3: no such tokenizer file; give one, or gpt2, cl100k_base, o200k_base"):
         load_tokenizer("gpt3")
+
+
+# ---------------------------------------------------------------------------------------------- further control tokens
+
+FURTHER = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_further_control_tokens_come_last_and_change_no_other_id(files, loaded, name, tmp_path):
+    plain, more = loaded[name], load_tokenizer(str(files[name]), FURTHER)
+    assert list(more.control.items()) == [
+        *plain.control.items(),
+        *zip(FURTHER, itertools.count(plain.vocab_size), strict=False),
+    ]
+    assert more.vocab_size == plain.vocab_size + 2 == len(more.token_bytes())
+    assert more.encode(CORPUS[:2000] + FURTHER[0]) == plain.encode(CORPUS[:2000] + FURTHER[0])
+    assert more.decode([more.control[FURTHER[1]]]) == FURTHER[1]
+    assert more.fingerprint != plain.fingerprint
+    more.save(tmp_path)
+    for again in (load_tokenizer(str(tmp_path)), load_tokenizer(str(tmp_path), FURTHER[1:])):
+        assert (again.control, again.fingerprint) == (more.control, more.fingerprint)
+
+
+def test_without_further_control_tokens_the_fingerprint_is_that_of_the_first_release(loaded):
+    ranks = [token.decode("latin-1") for token in ranks_of(loaded["bpe"])]
+    decides = ["lumina-tokenizer-1", "bpe", list(CONTROL_TOKENS), {"pattern": GPT4_PATTERN, "ranks": ranks}]
+    assert loaded["bpe"].fingerprint == hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
+def test_a_saved_tokenizer_can_be_given_further_control_tokens(loaded, tmp_path):
+    loaded["bpe"].save(tmp_path)
+    more = load_tokenizer(str(tmp_path), FURTHER)
+    assert more.control[FURTHER[0]] == loaded["bpe"].vocab_size
+    more.save(tmp_path / "more")
+    assert load_tokenizer(str(tmp_path / "more")).control == more.control
+
+
+def test_training_counts_further_control_tokens_in_the_vocabulary(loaded):
+    more = train_bpe([CORPUS], 702, extra=FURTHER)
+    assert more.vocab_size == 702
+    assert more.encode(CORPUS[:2000]) == loaded["bpe"].encode(CORPUS[:2000])
+    with pytest.raises(ConfigError, match="must be at least 264, 256 bytes and 8 control tokens"):
+        train_bpe([CORPUS], 263, extra=FURTHER)
+
+
+def test_special_tokens_of_a_file_keep_their_ids_as_control_tokens(files, tmp_path):
+    file = tokenizers.Tokenizer.from_file(str(files["huggingface_bpe"]))
+    file.add_special_tokens(list(FURTHER[:1]))
+    file.save(str(tmp_path / "tokenizer.json"))
+    plain, more = (load_tokenizer(str(tmp_path / "tokenizer.json"), extra) for extra in ((), FURTHER))
+    assert more.control[FURTHER[0]] == file.token_to_id(FURTHER[0])
+    assert more.control[FURTHER[1]] == plain.vocab_size == more.vocab_size - 1
+    assert more.decode([more.control[FURTHER[0]]]) == FURTHER[0]
+    assert plain.decode([more.control[FURTHER[0]]]) == ""
+    assert not set(more.encode(FURTHER[0])) & set(more.control.values())
+    more.save(tmp_path / "saved")
+    assert load_tokenizer(str(tmp_path / "saved")).control == more.control
+
+
+@pytest.mark.parametrize("token", ["im_start", "<|Im|>", "<||>", "<|a b|>"])
+def test_a_control_token_of_another_form_is_refused(token):
+    with pytest.raises(ConfigError, match="must be lower-case letters, digits and _ in bars"):
+        train_bpe([], 263, extra=(token,))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lumina.config import DataConfig
 from lumina.conversation import render
 from lumina.data import held_out_texts
+from lumina.conversation import ROLES, TEMPLATES, render
 from lumina.data.records import Turn
 from lumina.errors import DataError
 from lumina.interchange import tokenizer_json
@@ -62,6 +63,10 @@ PARTS = [
 ]
 
 
+# Of conversations: the template refuses what spells a control token.
+TEXTS = st.lists(st.sampled_from([part for part in PARTS if part != "<|user|>"]), max_size=8).map("".join)
+
+
 @pytest.fixture(scope="module")
 def texts():
     return [text[:4000] for text in islice(held_out_texts(DataConfig(source="stdlib", held_out=0.5)), 200)]
@@ -78,8 +83,8 @@ def pair(bpe, tmp_path_factory):
     return bpe, loaded(tmp_path_factory.mktemp("tokenizer"), bpe)
 
 
-def loaded(directory, tokenizer):
-    tokenizer_json.write(directory, tokenizer, 1 << 20)
+def loaded(directory, tokenizer, template="lumina"):
+    tokenizer_json.write(directory, tokenizer, 1 << 20, template)
     return transformers.PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
@@ -88,13 +93,13 @@ def rendered(tokenizer, messages, prompted=False, template="lumina"):
     return render(tokenizer, turns, template, prompted).ids.tolist()
 
 
-def with_pattern(directory, bpe, name):
+def with_pattern(directory, bpe, name, extra=()):
     """The same ranks, cut by another pattern, as `gpt2` and `o200k_base` are, whose files are not on every machine."""
     from lumina.tokenizer import _BPE
 
     bpe.save(directory)
     ranks = json.loads((directory / "lumina_tokenizer.json").read_text())["ranks"]
-    return _BPE(name, _PATTERNS[name], [rank.encode("latin-1") for rank in ranks])
+    return _BPE(name, _PATTERNS[name], [rank.encode("latin-1") for rank in ranks], extra)
 
 
 def as_text(theirs, text):
@@ -171,13 +176,22 @@ def test_the_template_gives_the_ids_of_render(pair, prompted):
     assert [ours.decode([i]) for i in control] == names
 
 
-@given(st.lists(st.sampled_from([part for part in PARTS if part != "<|user|>"]), max_size=8).map("".join))
-@settings(max_examples=50)
-def test_the_template_keeps_every_text(pair, text):
-    ours, theirs = pair
-    messages = [{"role": "user", "content": text}]
-    if not any(token in text for token in CONTROL_TOKENS):
-        assert theirs.apply_chat_template(messages, return_dict=False) == rendered(ours, messages)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("pattern", ["cl100k_base", "gpt2", "o200k_base"])
+def test_each_template_gives_every_text_the_ids_of_render(pattern, template, bpe, tmp_path):
+    ours = with_pattern(tmp_path, bpe, pattern, TEMPLATES[template].extra)
+    theirs = loaded(tmp_path, ours, template)
+
+    @given(st.lists(st.tuples(st.sampled_from(ROLES), TEXTS), min_size=1, max_size=3), st.booleans())
+    @settings(max_examples=60, deadline=None)
+    def same(turns, prompted):
+        messages = [{"role": role, "content": text} for role, text in turns]
+        found = theirs.apply_chat_template(messages, add_generation_prompt=prompted, return_dict=False)
+        assert found == rendered(ours, messages, prompted, template)
+
+    same()
+    with pytest.raises(Exception, match="spells the control token"):
+        theirs.apply_chat_template([{"role": "user", "content": [*ours.control][-1]}])
 
 
 @pytest.mark.parametrize("token", CONTROL_TOKENS)
@@ -230,3 +244,12 @@ def test_a_copied_tokenizer_with_a_control_token_of_its_own_is_refused(tmp_path)
     ours = copied(tmp_path, ["<|user|>"])
     with pytest.raises(DataError, match=r"<\|user\|> as id 1, and Lumina as"):
         tokenizer_json.write(tmp_path, ours, 128)
+
+
+def test_a_copied_tokenizer_keeps_its_own_ids_of_a_templates_tokens(tmp_path):
+    copied(tmp_path, ["<|im_start|>"])
+    ours = load_tokenizer(str(tmp_path / "tokenizer.json"), TEMPLATES["chatml"].extra)
+    assert ours.control["<|im_start|>"] == 1
+    theirs = loaded(tmp_path, ours, "chatml")
+    found = theirs.apply_chat_template(MESSAGES, return_dict=False)
+    assert found == rendered(ours, MESSAGES, template="chatml")
