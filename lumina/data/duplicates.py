@@ -12,14 +12,15 @@ import numpy as np
 from lumina.data.extras import need
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document
-from lumina.data.shingles import runs, word_hashes
+from lumina.data.shingles import runs, words
 from lumina.errors import UsageError
 
 SEED = 0
 CERTAINTY = 0.98  # probability with which a pair just as similar as the threshold shares a band
 _CROWD = 64  # candidates taken of one band of one run: boilerplate that many documents share must not make each as slow as all
 _BUFFER = 1024  # documents whose bands are not yet sorted into the runs
-_BITS = np.uint64(32)
+_BITS, _LOW = np.uint64(32), np.uint64(2**32 - 1)
+_NONE = np.zeros(0, np.int64)
 
 
 def exact_key(document: Document) -> bytes:
@@ -33,7 +34,7 @@ def signature(document: Document, recipe: Recipe) -> np.ndarray:
     Shingles are `near_shingle` words in a row, or characters where a script has no spaces; all of a shorter document is one.
     """
     rensa = need("rensa", "--steps near")
-    hashes_S = runs(word_hashes(document.text), recipe.near_shingle)
+    hashes_S = runs(words(document.text)[0], recipe.near_shingle)
     if not len(hashes_S):  # no words at all: only the same characters are the same
         hashes_S = np.frombuffer(exact_key(document)[:8], "<u8")
     offsets = np.array([0, len(hashes_S)], np.uint64)
@@ -102,12 +103,13 @@ class NearDuplicates:
         found = []
         for entries in self._runs:
             first_b = np.searchsorted(entries, bands_b)
-            last_b = np.searchsorted(entries, bands_b | np.uint64(2**32 - 1), side="right")
-            for first, last in zip(first_b[last_b > first_b], last_b[last_b > first_b], strict=True):
-                found += (entries[first : min(last, first + _CROWD)] & np.uint64(2**32 - 1)).tolist()
+            shared_b = entries[np.minimum(first_b, len(entries) - 1)] >> _BITS == bands_b >> _BITS
+            for first in first_b[shared_b]:
+                crowd = entries[first : first + _CROWD]
+                found += (crowd[crowd >> _BITS == crowd[0] >> _BITS] & _LOW).tolist()
         for band in bands_b.tolist():
             found += self._recent.get(band, ())[:_CROWD]
-        return np.unique(np.array(found, np.int64))
+        return np.unique(np.array(found, np.int64)) if found else _NONE
 
     def _keep(self, bands_b: np.ndarray, short_P: np.ndarray) -> None:
         if self.kept == len(self._signatures):

@@ -27,12 +27,15 @@ _UNSPACED = (
 _END = 0x32000  # no letters above
 
 
-def word_hashes(text: str) -> np.ndarray:
-    """uint64 [W]: a hash a word, whatever its case. Words are letters, marks and digits; punctuation only separates them."""
-    codes_C = _codes(text.lower())
+def words(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, lengths): uint64 [W], the same for a word in any case, and int64 [W], in characters.
+
+    Words are letters, marks and digits; punctuation only separates them.
+    """
+    codes_C = codes(text.lower())
     starts_W, ends_W = _bounds(codes_C)
     blocks = [_hashed(codes_C, starts_W[i : i + _BLOCK], ends_W[i : i + _BLOCK]) for i in range(0, len(starts_W), _BLOCK)]
-    return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64)
+    return np.concatenate(blocks) if blocks else np.zeros(0, np.uint64), ends_W - starts_W
 
 
 def runs(words_W: np.ndarray, length: int) -> np.ndarray:
@@ -48,10 +51,18 @@ def runs(words_W: np.ndarray, length: int) -> np.ndarray:
     return _mixed(hashes_S)
 
 
-def _codes(text: str) -> np.ndarray:
+def codes(text: str) -> np.ndarray:
+    """uint8 or uint32 [C]: the code points of the text."""
     if text.isascii():
         return np.frombuffer(text.encode("ascii"), np.uint8)
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def unspaced(text: str) -> float:
+    """The share of the characters whose script has no spaces between words."""
+    if text.isascii():
+        return 0.0
+    return float(_tables()[1][np.minimum(codes(text), _END)].mean())
 
 
 def _bounds(codes_C: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
