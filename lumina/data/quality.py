@@ -2,10 +2,10 @@
 
 C characters, W words, S runs of words.
 
-The rules and their bounds are Gopher's (Rae et al. 2021, appendix A1.1) and, of sentences and filler, C4's (Raffel
-et al. 2020), made for English web pages. So what a rule takes for granted is asked first: rules about words and sentences are for prose,
-not for source code; the least number of words is for texts, not for conversations; and stop words are looked for only where a
-model says that the text is English. C4's rules against braces and lines without a full stop are left out: both take
+The rules and their bounds are Gopher's (Rae et al. 2021, appendix A1.1) and, of sentences and filler, C4's (Raffel et al.
+2020), made for English web pages. So what a rule takes for granted is asked first: rules about words and sentences are for
+prose, not for source code; the least number of words is for texts, not for conversations; and stop words are looked for only
+where a model says that the text is English. C4's rules against braces and lines without a full stop are left out: both take
 documentation for filler.
 """
 

@@ -54,14 +54,16 @@ _EMAIL = _Pattern(
     ("@",),
     re.compile(r"(?<![\w.%+-])[\w.%+-]{1,64}@(?:[A-Za-z0-9][A-Za-z0-9-]{0,62}\.){1,8}[A-Za-z]{2,24}(?![\w(@-])"),
 )
+# The first character comes before what may not stand to the left of it: so a search skips to that character.
 _PHONES = [
     # A country, and 7 to 12 digits more: +49 (0) 89 1234567
-    _Pattern(("+",), re.compile(r"(?<![\w)+.-])\+[1-9]\d{0,2}(?:[ .-]?\(\d{1,4}\))?(?:[ .-]?\d){7,12}(?!\w|[.-]\d)")),
+    _Pattern(("+",), re.compile(r"\+(?<![\w)+.-]\+)[1-9]\d{0,2}(?:[ -]?\(\d{1,4}\))?(?:[ -]?\d){7,12}(?!\w|[.-]\d)")),
     # North American: neither area nor exchange begins with 0 or 1, and all separators are of one kind.
     _Pattern(
         ("-", ".", "("),
         re.compile(
-            r"(?<![\w+/.-])(?:1[-. ])?(?:\([2-9]\d{2}\) ?[2-9]\d{2}[ .-]|[2-9]\d{2}(?P<sign>[-.])[2-9]\d{2}(?P=sign))"
+            r"[(1-9](?<![\w+/.-][(1-9])(?:(?<=1)[-. ](?:\(|[2-9]))?"
+            r"(?:(?<=\()[2-9]\d{2}\) ?[2-9]\d{2}[ .-]|(?<=[2-9])\d{2}(?P<sign>[-.])[2-9]\d{2}(?P=sign))"
             r"\d{4}(?![\w/]|[.-]\d)"
         ),
     ),
@@ -69,7 +71,7 @@ _PHONES = [
     _Pattern(
         ("el", "EL", "hone", "HONE", "ax", "AX", "obil", "OBIL"),
         re.compile(
-            r"(?P<label>\b(?i:tel|telephone|telefon|téléphone|phone|fax|mobile)\b[ .:]{1,4})"
+            r"(?P<label>[TtPpFfMm](?<!\w.)(?i:(?<=t)el(?:ephone|efon)?|(?<=t)éléphone|(?<=p)hone|(?<=f)ax|(?<=m)obile)[ .:]{1,4})"
             r"\(?\+?\d(?:[ ./()-]{0,2}\d){6,14}(?!\w|[.-]\d)"
         ),
         r"\g<label>",
