@@ -137,6 +137,6 @@ def _whole(shares: dict[str, Fraction], where: str) -> Mixture:
     period = math.lcm(*(share.denominator for share in shares.values()))
     if period > LONGEST_PERIOD:
         raise ConfigError(
-            f"{where}: these weights repeat after {period:,} rows only, above {LONGEST_PERIOD:,}; use rounder ones, such as 3 and 1"
+            f"{where}: these weights repeat after {period:,} rows, above {LONGEST_PERIOD:,}; use rounder ones, such as 3 and 1"
         )
     return tuple((source, int(share * period)) for source, share in shares.items())

@@ -120,7 +120,7 @@ def validate(config: "Config") -> "Config":
         ("optim", o, "moment_dtype", ("float32", "bfloat16")),
         ("train", t, "compute_dtype", ("float32", "bfloat16", "float16")),
         ("train", t, "remat", ("none", "full", "dots")),
-        ("checkpoint", config.checkpoint, "init_part", ("state", "weights")),
+        ("checkpoint", config.checkpoint, "init_part", ("auto", "state", "weights")),
         ("torch", config.torch, "device", ("auto", "cpu", "cuda", "mps")),
         ("torch.deepspeed", zero, "zero_stage", ("off", "auto", "0", "1", "2", "3")),
         ("torch.deepspeed", zero, "offload_optimizer", ("none", "cpu")),

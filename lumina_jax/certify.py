@@ -17,7 +17,7 @@ from flax import nnx
 
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
-from lumina.data import TokenStream, prepare
+from lumina.data import TokenStream
 from lumina.data.rows import Batches, Rows, segments_and_positions
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
@@ -26,7 +26,8 @@ from lumina.runs.certificate import FORMAT, Passes, verdict
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
 from lumina.runs.ranks import foretold, in_top, standard_error
-from lumina.tokenizer import Tokenizer, load_tokenizer
+from lumina.runs.text import corpora_of, manifest
+from lumina.tokenizer import Tokenizer
 from lumina_jax.device import describe
 from lumina_jax.generate import Generator
 from lumina_jax.mesh import one_device
@@ -77,18 +78,12 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
 
 
 def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:
-    """The held-out rows of a run, its tokenizer, and the fingerprint of its data, which is checked."""
-    tokenizer, data = load_tokenizer(str(run.tokenizer)), config.data
-    if data.tokenizer != "bpe" or not run.data.is_file():  # one that is trained is found, or made, with the data of its run
-        data = replace(data, tokenizer=str(run.tokenizer))
-    corpus = prepare(data, config.model.vocab_size, console.status)
+    """The held-out rows of a run's first source, its tokenizer, and the fingerprint of its data, which is checked."""
+    corpora = corpora_of(run, config, console.status)
     console.done()
-    if changed := run.data_changes(corpus.manifest | {"fingerprint": corpus.fingerprint}):
-        raise DataError(
-            f"{run.path} was trained on other data than data.source = {data.source!r} has now ({'; '.join(changed)}): what was "
-            "held out is not known any more; restore the data, or use the Python that the run began with"
-        )
-    return Rows(corpus.held_out, data.sequence_length, corpus.document_end_id), tokenizer, corpus.fingerprint
+    corpus = next(iter(corpora.values()))
+    rows = Rows(corpus.held_out, config.data.sequence_length, corpus.document_end_id)
+    return rows, corpus.tokenizer, str(manifest(corpora)["fingerprint"])
 
 
 def as_trained(config: Config, step: int) -> Config:

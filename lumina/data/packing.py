@@ -135,7 +135,7 @@ def _split(documents: np.ndarray, turns: np.ndarray, T: int, is_user: Callable[[
 
 
 def _parts(marks: list[int], T: int, is_user: Callable[[int, int], bool] | None) -> list[tuple[int, int]]:
-    """Tokens [start, stop) of a conversation's parts: as many whole turns as fit, the next part beginning at a user's if any."""
+    """Tokens [start, stop) of a conversation's parts: as many whole turns as fit, the next beginning at a user's if any."""
     parts, i, last = [], 0, len(marks) - 1
     while i < last:
         most = i + 1

@@ -21,6 +21,7 @@ from lumina.runs.ledger import LedgerVerdict, compare_ledgers, spans
 from lumina.runs.lock import RunLock
 from lumina.runs.steps import Steps
 from lumina.runs.units import gib, si
+from lumina.stages import sources
 
 LEAST_KEPT = 2  # lest one be damaged
 SHOWN_EVENTS = 10
@@ -149,7 +150,7 @@ def _config(run: RunDirectory) -> dict[str, Any]:
         return {"error": str(error)}
     count = counts(config)
     about = {"parameters": count.total, "mean_active": count.mean_active, "steps": config.train.steps}
-    return {**about, "source": config.data.source, "tokenizer": config.data.tokenizer}
+    return {**about, "source": ", ".join(sources(config)), "tokenizer": config.data.tokenizer}
 
 
 def _checkpoints(steps: Steps, best: int | None) -> list[dict[str, Any]]:

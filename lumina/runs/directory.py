@@ -170,7 +170,8 @@ def deciding(changes: list[str], config: Config) -> list[str]:
 def _may_change(name: str, config: Config) -> bool:
     """Whether `name`, a field, may change within a run: nothing depends on it but rounding."""
     counted = config.model.moe.balance_over == "micro_batch" and name.startswith("train.micro_batches")
-    return name.startswith(MAY_CHANGE) and not counted
+    moves_stages = config.data.mode == "hybrid" and name.startswith("train.steps")
+    return name.startswith(MAY_CHANGE) and not counted and not moves_stages
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:

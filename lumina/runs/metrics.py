@@ -20,7 +20,8 @@ class MetricsLog:
         self._tensorboard = self._guarded(lambda: TensorBoard(run, start)) if monitor.tensorboard else None
 
     def write(self, kind: str, record: dict[str, Any]) -> None:
-        """`kind` is train or eval; `record` has a step, and values that are numbers or lists of numbers by layer."""
+        """`kind` is train or eval; `record` has a step, and values that are numbers, lists of numbers by layer, or more such by
+        name."""
         self._journal.append({"kind": kind, **record})
         if (tensorboard := self._tensorboard) is not None:
             self._guarded(lambda: tensorboard.write(kind, record))
@@ -72,6 +73,8 @@ class TensorBoard:
                 for layer, number in enumerate(value):
                     if isinstance(number, int | float):
                         self._put(record["step"], summary=scalar(f"{kind}/{name}/{layer}", number))
+            elif isinstance(value, dict):
+                self.write(f"{kind}/{name}", {"step": record["step"], **value})
         self._writer.flush()
 
     def close(self) -> None:

@@ -14,6 +14,10 @@ from lumina.runs.steps import Steps
 from lumina.tokenizer import load_tokenizer
 
 FIELD = "checkpoint.init_from"
+# What is read: a run on something else begins from weights, unless it says state.
+READS = tuple(
+    f"data.{name}:" for name in ("source", "mode", "finetuning", "ratio", "stages", "rows", "template", "loss_weights")
+)
 
 
 class Origin:
@@ -44,6 +48,9 @@ class Origin:
             raise UsageError(f"{FIELD} = {str(path)!r}: is this run itself, which has no checkpoint; give another")
         source = locate(path)
         _check_tensors(source, config)
+        if part == "auto":
+            other = any(change.startswith(READS) for change in config_changes(source.config, config))
+            part = "weights" if other or not source.is_whole else "state"
         if part == "state":
             _check_goes_on(source, config, accept)
         return cls({"path": str(path.resolve()), "part": part, "step": source.step}, new=True)
@@ -54,6 +61,11 @@ class Origin:
         if self.record["part"] == "weights":
             return f"begins from the weights of {self.record['path']} at its step {self.record['step']}, at step 0"
         return f"begins from {self.record['path']}, going on at its step {self.record['step']}"
+
+    def tokenizer(self, run: RunDirectory) -> Path | None:
+        """Where the tokenizer of the weights lies: with `run` once that has begun, before in the origin."""
+        places = (run.tokenizer, RunDirectory(Path(self.record["path"])).tokenizer)
+        return next((place for place in places if place.is_dir()), None)
 
     def check_data(self, data: dict[str, Any], accept: bool = False) -> list[str]:
         """What is to be told of other data than the origin's. Raises a DataError where that must not be, unless `accept`."""

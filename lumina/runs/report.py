@@ -128,8 +128,8 @@ class Reporter:
 
     def flush(self) -> dict[str, Any] | None:
         """Report the step under way, waiting for it. Returns what the loop decides by: step, loss, gradient_norm, skipped (how
-        many in a row), row_numbers, warnings (of the routers), began (what to say of a new stage), and stop (whether a process was
-        asked to)."""
+        many in a row), row_numbers, warnings (of the routers), began (what to say of a new stage) and stop (whether a process
+        was asked to)."""
         before, self.pending = self.pending, None
         return self._report(before)
 
@@ -233,9 +233,11 @@ def evaluated_text(text: Text) -> bytes:
 
 def figures(result: dict[str, Any]) -> str:
     """An evaluation in one line."""
+    parts = result.get("sources", {}).items()
+    each = "".join(f"; {name}: loss {of['loss']:.4f}, bits/byte {of['bits_per_byte']:.3f}" for name, of in parts)
     return (
         f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.2f}, bits/byte {result['bits_per_byte']:.3f}, "
-        f"accuracy {100 * result['accuracy']:.1f}% over {result['tokens']:,} tokens"
+        f"accuracy {100 * result['accuracy']:.1f}% over {result['tokens']:,} tokens{each}"
     )
 
 

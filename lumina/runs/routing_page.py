@@ -8,7 +8,6 @@ import base64
 import json
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from lumina.architecture import layer_kinds
 from lumina.config import Config
-from lumina.data import Corpus, prepare
+from lumina.data import Corpus
 from lumina.errors import CheckpointError, ConfigError, DataError, LuminaError, UsageError
 from lumina.runs import library
 from lumina.runs.console import printable
@@ -25,6 +24,7 @@ from lumina.runs.journal import finite
 from lumina.runs.routing import History, advice, read_history, summary, verdicts
 from lumina.runs.routing_plots import THEMES, draw, require_matplotlib
 from lumina.runs.routing_text import HeldOut, Typical, by_position, extremes, typical
+from lumina.runs.text import corpora_of
 from lumina.tokenizer import StreamDecoder, Tokenizer
 
 ROWS = 64
@@ -94,11 +94,8 @@ def _held_out(
     if rows == 0:
         return None, None, "--rows=0"
     try:
-        data = config.data
-        if run.tokenizer.is_dir() and not run.data.is_file():  # a canonical directory, which does not say what its data were
-            data = replace(data, tokenizer=str(run.tokenizer))
-        corpus = prepare(data, config.model.vocab_size, lambda line: print(printable(line), file=sys.stderr))
-        run.check_same_data(corpus.manifest | {"fingerprint": corpus.fingerprint})
+        corpora = corpora_of(run, config, lambda line: print(printable(line), file=sys.stderr))
+        corpus = next(iter(corpora.values()))
         return look(run, config, corpus, rows, best), corpus.tokenizer, ""
     except (ConfigError, DataError, CheckpointError, UsageError) as error:
         if best and isinstance(error, CheckpointError):

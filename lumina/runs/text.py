@@ -14,6 +14,7 @@ from lumina.data.mixture import Course, Leg, Table, Turns
 from lumina.data.packing import FORMAT, kept, plan
 from lumina.data.rows import Batches, PackedRows, Rows, RowSet
 from lumina.errors import DataError
+from lumina.runs.directory import RunDirectory
 from lumina.stages import Stage, sources, stages
 from lumina.tokenizer import Tokenizer
 
@@ -49,6 +50,23 @@ def manifest(corpora: dict[str, Corpus]) -> dict[str, Any]:
     fingerprints = json.dumps([[name, corpus.fingerprint] for name, corpus in corpora.items()])
     told = {name: corpus.manifest | {"fingerprint": corpus.fingerprint} for name, corpus in list(corpora.items())[1:]}
     return first.manifest | {"fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(), "others": told}
+
+
+def corpora_of(run: RunDirectory, config: Config, progress: Callable[[str], None]) -> dict[str, Corpus]:
+    """The corpora that `run` was trained on, with its tokenizer.
+
+    Raises:
+        DataError: they are not as they were then; and as `open_corpora`.
+    """
+    if run.tokenizer.is_dir():
+        config = with_tokenizer(config, str(run.tokenizer))
+    corpora = open_corpora(config, progress)
+    if changed := run.data_changes(manifest(corpora)):
+        raise DataError(
+            f"{run.path} was trained on other data than data.source = {config.data.source!r} has now ({'; '.join(changed)}): "
+            "what was held out is not known any more; restore the data, or use the Python that the run began with"
+        )
+    return corpora
 
 
 def read(config: Config, corpora: dict[str, Corpus], part: Part, say: Callable[[str], None] = lambda line: None) -> Text:
@@ -89,7 +107,7 @@ def rows_of(
     source: str = "",
     say: Callable[[str], None] = lambda line: None,
 ) -> RowSet:
-    """One side of a corpus, `train` or `held_out`, as rows: those of conversations, and of texts if `data.rows` says so, packed.
+    """One side of a corpus, `train` or `held_out`, as rows: packed ones of conversations, and of texts if `data.rows` says so.
 
     Held-out targets count 1 or nothing: figures are then of tokens, whatever training weighs them.
 

@@ -26,7 +26,7 @@ from lumina.runs.lock import RunLock
 from lumina.runs.loop import Backend, Loop
 from lumina.runs.origin import Origin
 from lumina.runs.progress import Progress
-from lumina.runs.text import Text, manifest, open_corpora, read
+from lumina.runs.text import Text, manifest, open_corpora, read, with_tokenizer
 
 SAMPLES = 3  # continuations printed at the end
 
@@ -113,7 +113,7 @@ def _train_and_evaluate(
     run.check_same_config(config, accept_changes)
     require_own(run, framework.program)
     origin = Origin.of(config, run, accept_changes)
-    corpora = open_corpora(config, console.status)
+    corpora = open_corpora(_with_its_tokenizer(config, run, origin, console.say), console.status)
     console.done()
     data, tokenizer = manifest(corpora), next(iter(corpora.values())).tokenizer
     run.check_same_data(data, accept_changes)
@@ -193,6 +193,16 @@ def _train_and_evaluate(
         report.print_result(run, result)
         checkpoints.close(wait_for_backup=True)
     return 0
+
+
+def _with_its_tokenizer(config: Config, run: RunDirectory, origin: Origin | None, say: Callable[[str], None]) -> Config:
+    """`config` with the tokenizer of the weights that the run begins from, where it would have one trained."""
+    path = origin.tokenizer(run) if origin and config.data.tokenizer == "bpe" else None
+    if origin is None or path is None:
+        return config
+    if origin.new:
+        say(f"data.tokenizer = 'bpe': the one of {origin.record['path']}, which its weights were trained with")
+    return with_tokenizer(config, str(path))
 
 
 def require_possible(framework: Framework, config: Config) -> None:

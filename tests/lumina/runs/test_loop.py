@@ -101,7 +101,7 @@ class World:
         good = math.isfinite(loss) and loss < 100
         skipped = state.skipped if not update else 0 if good else state.skipped + 1
         rows = tuple((batch["inputs"][:, 0] // T).tolist()) if update and good else ()
-        metrics = {"loss": loss, "text_bytes": 9, "accuracy": 0.5, "learning_rate": 0.1, "gradient_norm": 1.0}
+        metrics = {"loss": loss, "text_bytes": 9, "text_tokens": 4, "accuracy": 0.5, "learning_rate": 0.1, "gradient_norm": 1.0}
         return State(step, state.rows + rows, skipped), {**metrics, **self.routers, "skipped": skipped, "stop": int(stop)}
 
     def evaluate(self, state, alive):

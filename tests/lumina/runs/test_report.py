@@ -103,7 +103,14 @@ class Stream:
 
 def metrics(**changed):
     ones = {name: np.float32(1.5) for name in ("loss", "accuracy", "learning_rate", "gradient_norm")}
-    return {**ones, "text_bytes": np.int32(16), "skipped": np.int32(0), "stop": np.int32(0), **changed}
+    return {
+        **ones,
+        "text_bytes": np.int32(16),
+        "text_tokens": np.int32(8),
+        "skipped": np.int32(0),
+        "stop": np.int32(0),
+        **changed,
+    }
 
 
 @pytest.fixture
