@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina.config import DataConfig
-from lumina.conversation import render
-from lumina.data import held_out_texts
 from lumina.conversation import ROLES, TEMPLATES, render
+from lumina.data import held_out_texts
 from lumina.data.records import Turn
 from lumina.errors import DataError
 from lumina.interchange import tokenizer_json
