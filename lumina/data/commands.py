@@ -26,6 +26,11 @@ def add(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     action = arguments[0] if arguments else ""
     if action == "prepare":
         _add_prepare(parsers["prepare"])
+    elif action == "check":
+        from lumina.data import checking
+
+        checking.add(parsers["check"])
+        parsers["check"].set_defaults(run=checking.tell)
 
 
 def _add_prepare(parser: argparse.ArgumentParser) -> None:
