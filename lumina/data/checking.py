@@ -9,18 +9,16 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lumina.conversation import named, render
-from lumina.data.commands import add_recipe, recipe_of
 from lumina.data.corpus import kind_of
 from lumina.data.duplicates import NearDuplicates, exact_key, signature
 from lumina.data.pipeline import Meter, Say
 from lumina.data.readers import Plan, Unit, plan, spool
-from lumina.data.recipe import Recipe
+from lumina.data.recipe import Recipe, add_recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn, place
 from lumina.data.scoring import LONGEST, SHORTEST, score
 from lumina.data.statistics import disorder, five_numbers, languages, most_first, role_balance
@@ -43,9 +41,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `lumina data check`."""
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="look at the first N records (default: at all)")
-    parser.add_argument("--tokenizer", default="", help="render the samples and count tokens with it, such as gpt2 or a directory")
+    parser.add_argument(
+        "--tokenizer", default="", help="render the samples and count tokens with it, such as gpt2 or a directory"
+    )
     parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
-    parser.add_argument("--max-bad", type=float, default=0.5, help="unusable above this share of rejected records (default: 0.5)")
+    parser.add_argument(
+        "--max-bad", type=float, default=0.5, help="unusable above this share of rejected records (default: 0.5)"
+    )
     parser.add_argument("--json", action="store_true", help="all of it as one JSON object on stdout")
     add_recipe(parser)
 
@@ -394,7 +396,12 @@ def text(found: dict[str, Any]) -> str:
     if found["damaged"]:
         rows.append(("damaged", f"{_count(found['damaged'], 'document')} with U+FFFD, which stands for lost characters"))
     if "tokens" in sample:
-        rows.append(("tokens", f"{sample['tokens']['sum']:,} in the sample, {sample['tokens']['characters_a_token']:.2f} characters each"))
+        rows.append(
+            (
+                "tokens",
+                f"{sample['tokens']['sum']:,} in the sample, {sample['tokens']['characters_a_token']:.2f} characters each",
+            )
+        )
     part = "all documents" if sample["documents"] == records["kept"] else f"a sample of {sample['documents']:,} documents"
     rows.append(("languages", _counted(found["languages"], "found", sample["documents"], part)))
     rows.append(("quality", _counted(found["quality"], "faults", sample["documents"], part) or f"no rule is broken in {part}"))
@@ -415,7 +422,9 @@ def _duplicates_told(duplicates: dict[str, Any], documents: int) -> list[tuple[s
     rows = []
     for which, about in duplicates.items():
         among = about.get("compared", documents)
-        told = [f"{_count(about['documents'], 'document')} of {among:,} ({_percent(about['documents'], among)})"] if among else []
+        told = (
+            [f"{_count(about['documents'], 'document')} of {among:,} ({_percent(about['documents'], among)})"] if among else []
+        )
         told += [f"  {pair['name']} as {pair['as']}" for pair in about["examples"]]
         told += [f"not looked at: {about['left_out']}"] if about.get("left_out") else []
         rows.append((f"{which} duplicates", "\n".join(told) or "no document"))

@@ -1,6 +1,8 @@
 """`lumina data prepare`: a directory that is one order's, made in one go or in several."""
 
+import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -8,18 +10,92 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
-from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER, is_prepared
+from lumina.data.corpus import FORMAT, MANIFEST, SIDES, TOKENIZER, is_prepared
 from lumina.data.pipeline import WORK, Order, fill, save_whole, train_tokenizer
 from lumina.data.readers import Plan, plan, spool
+from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, UsageError
-from lumina.runs.console import Console
+from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
 from lumina.runs.lock import RunLock
+from lumina.runs.units import si
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
+HELD_OUT, VOCAB_SIZE = 0.02, 32_768
 ORDER = "order.json"  # in the work directory: whose work it is
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Define the options."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what to make; the same command goes on")
+    parser.add_argument(
+        "--tokenizer", default="bpe", help="bpe, trained on the sources; gpt2, cl100k_base, o200k_base, a file, or a directory"
+    )
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=f"ids of bpe (default: {VOCAB_SIZE:,})")
+    parser.add_argument("--tokenizer-sample-mb", type=float, default=500.0, help="text that bpe is trained on (default: 500)")
+    parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
+    parser.add_argument("--held-out", type=float, default=HELD_OUT, help=f"fraction kept for evaluation (default: {HELD_OUT})")
+    parser.add_argument("--max-bad", type=float, default=0.5, help="stop above this share of rejected records (default: 0.5)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: this one)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where units are made (default: local)")
+    parser.add_argument("--json", action="store_true", help="the manifest's counts as one JSON object on stdout")
+    add_recipe(parser)
+
+
+def tell(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises as `prepare_directory`, and UsageError for an option that cannot be."""
+    recipe = recipe_of(arguments)
+    for flag, value, good, works in (
+        ("--held-out", arguments.held_out, 0 < arguments.held_out < 1, "must be between 0 and 1"),
+        ("--max-bad", arguments.max_bad, 0 <= arguments.max_bad <= 1, "must be from 0 to 1"),
+        ("--workers", arguments.workers, arguments.workers is None or arguments.workers >= 0, "must be at least 0"),
+    ):
+        if not good:
+            raise UsageError(f"{flag} = {value}: {works}")
+    console = Console(0)
+    workers = os.cpu_count() or 1 if arguments.workers is None else arguments.workers
+    order = Order(tuple(arguments.sources), recipe, arguments.held_out, arguments.template)
+    manifest = prepare_directory(
+        order,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        sample=arguments.tokenizer_sample_mb * 1e6,
+        max_bad=arguments.max_bad,
+        workers=workers,
+        engine=arguments.engine,
+        console=console,
+    )
+    console.done()
+    if arguments.json:
+        print(json.dumps({name: manifest[name] for name in ("kind", "records", "rejects", "steps", "sources")}))
+        return
+    print(summary(manifest, arguments.out))
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """What a prepared directory holds, and what became of every record."""
+    records, steps = manifest["records"], manifest["steps"]
+    rows = [
+        ("directory", str(path)),
+        ("sources", "\n".join(manifest["source"]["formats"])),
+        ("records", f"{records['read']:,} read, {records['kept']:,} kept ({manifest['kind']})"),
+    ]
+    rows += [("rejected", f"{count:,} {kind}") for kind, count in manifest["rejects"]["counts"].items()]
+    for step, about in steps.items():
+        told = [f"{about['changed']:,} changed"] if about["changed"] else []
+        told += [f"{count:,} removed: {reason}" for reason, count in about["removed"].items()]
+        rows.append((step, "\n".join(told) or "nothing changed or removed"))
+    for side in SIDES:
+        of = manifest[side]
+        size = f"{of['bytes'] / 1e6:,.1f} MB, {si(of['tokens'])} tokens"
+        rows.append((side.replace("_", " "), f"{of['documents']:,} documents, {size}"))
+    size, tokens = (sum(manifest[side][what] for side in SIDES) for what in ("bytes", "tokens"))
+    rows.append(("tokenizer", f"{manifest['tokenizer']['name']}, {size / tokens:.2f} bytes a token"))
+    return table(rows)
 
 
 def prepare_directory(

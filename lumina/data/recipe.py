@@ -1,5 +1,6 @@
 """What is done to records between a source and token shards: every option of it, in one place."""
 
+import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -45,6 +46,19 @@ class Recipe:
         return tuple(step for step in STEPS if step in named)
 
 
-def options() -> list[tuple[str, Any, str]]:
-    """(name, default, help) of each field, for a command line."""
-    return [(spec.name, spec.default, spec.metadata["help"]) for spec in fields(Recipe)]
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """A flag for each option of a recipe."""
+    group = parser.add_argument_group("recipe")
+    for spec in fields(Recipe):
+        about = spec.metadata["help"] + (f" (default: {spec.default})" if spec.default else "")
+        kind = type(spec.default)
+        group.add_argument(
+            f"--{spec.name.replace('_', '-')}", type=kind, default=spec.default, metavar=kind.__name__.upper(), help=about
+        )
+
+
+def recipe_of(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that the flags give; raises UsageError for a step that there is not."""
+    recipe = Recipe(**{spec.name: getattr(arguments, spec.name) for spec in fields(Recipe)})
+    _ = recipe.named_steps
+    return recipe

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TEXT, loss_weights, named, render
+from lumina.data.readers import plan, read
+from lumina.data.recipe import add_recipe, recipe_of
 from lumina.data.records import PREFERENCE, Document, Reject, Turn
 from lumina.errors import DataError, UsageError
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, train_bpe
@@ -25,7 +27,7 @@ GREY, GREEN, YELLOW, PLAIN = "\x1b[90m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lumina data show` that are not a recipe's."""
+    """Define the options."""
     parser.add_argument("file", metavar="FILE", help="or another source: a directory, a glob, stdlib, docstrings, preferences")
     parser.add_argument("--record", type=int, default=1, metavar="N", help="which one, rejected ones counted (default: 1)")
     parser.add_argument("--template", default="lumina", help=f"of conversations: {', '.join(TEMPLATES)} (default: lumina)")
@@ -38,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help=f"of roles, as assistant=1.5,user=1 (default: {DEFAULT_LOSS_WEIGHTS})",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_recipe(parser)
 
 
 def tell(arguments: argparse.Namespace) -> None:
@@ -63,9 +66,6 @@ def tell(arguments: argparse.Namespace) -> None:
 
 
 def _records(arguments: argparse.Namespace) -> Iterator[Document | Reject]:
-    from lumina.data.commands import recipe_of
-    from lumina.data.readers import plan, read
-
     recipe = recipe_of(arguments)
     for unit in plan([arguments.file], recipe).units:
         yield from read(unit, recipe)

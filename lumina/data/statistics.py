@@ -74,5 +74,6 @@ def role_balance(turns: dict[str, int], characters: dict[str, int]) -> dict[str,
     """Turns, characters and the share of these, by role."""
     total = max(1, sum(characters.values()))
     return {
-        role: {"turns": turns[role], "characters": characters[role], "share": characters[role] / total} for role in sorted(turns)
+        role: {"turns": turns[role], "characters": characters[role], "share": characters[role] / total}
+        for role in sorted(turns)
     }
