@@ -166,7 +166,7 @@ def best_fit(lengths: np.ndarray, T: int) -> tuple[np.ndarray, int]:
     """
     order = np.argsort(-lengths, kind="stable")
     sizes, firsts = np.unique(-lengths[order], return_index=True)
-    ends = [*firsts[1:].tolist(), len(order)]
+    ends = np.append(firsts, len(order))[1:].tolist()
     found = np.empty(len(lengths), np.int64)
     room: dict[int, list[np.ndarray]] = {}  # positions left -> rows
     rooms: list[int] = []  # its keys, ascending

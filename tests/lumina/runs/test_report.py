@@ -13,15 +13,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from lumina.architecture import counts
+from lumina.architecture import at_length, counts
 from lumina.config import Config, TrainConfig
+from lumina.data.mixture import TABLE_BIT, Course, Leg, Table, Turns
 from lumina.data.rows import Batches, Rows
 from lumina.runs import report
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import Journal, read_json_lines
+from lumina.runs.ledger import read_ledger
 from lumina.runs.metrics import MetricsLog
 from lumina.runs.progress import Progress
+from lumina.runs.text import Text
+from lumina.stages import sources, stages
 
 TEXT = "".join(f"line {i * i}\n" for i in range(2000)).encode()
 
@@ -65,12 +69,36 @@ def test_a_run_is_finished_when_its_result_is_of_its_last_step(tmp_path, result,
 CORPUS = SimpleNamespace(
     train=SimpleNamespace(num_tokens=64_000),
     held_out=SimpleNamespace(num_tokens=1000),
-    manifest={"tokenizer": {"name": "bpe-300"}, "rejects": {"counts": {"empty": 2, "not_json": 1}}},
+    tokenizer=SimpleNamespace(name="bpe-300"),
+    manifest={"rejects": {"counts": {"empty": 2, "not_json": 1}}},
 )
 
 
+class Chunks:
+    """Rows of which there are so many."""
+
+    def __init__(self, tokens, T):
+        self.count, self.sequence_length = tokens // T, T
+
+    def __len__(self):
+        return self.count
+
+
+def text_of(config):
+    planned, names = stages(config), sources(config)
+    uses = list(dict.fromkeys((source, stage.sequence_length) for stage in planned for source, _ in stage.mixture))
+    tables = [Table(names.index(source), Chunks(64_000, T)) for source, T in uses]
+    legs = [
+        Leg(steps, tuple(uses.index((source, T)) for source, _ in mixture), Turns([weight for _, weight in mixture]))
+        for steps, T, mixture in planned
+    ]
+    course = Course(tables, legs, config.train.batch_size, seed=0)
+    return Text(dict.fromkeys(names, CORPUS), planned, course, {})
+
+
 def opening(config, start=0):
-    text = report.opening(config, RunDirectory("runs/x"), CORPUS, start, "2 x cpu (fast)", 1.5e12, "attention: by hand")
+    run, chosen = RunDirectory("runs/x"), "attention: by hand"
+    text = report.opening(config, run, text_of(config), start, "2 x cpu (fast)", 1.5e12, chosen)
     return dict(line.strip().split("  ", 1) for line in text.splitlines())
 
 
@@ -87,6 +115,19 @@ def test_the_opening_tells_what_is_about_to_happen():
 
 def test_the_opening_of_a_run_that_goes_on_says_from_where():
     assert opening(Config(), start=120)["run"] == "runs/x, from step 120"
+
+
+def test_the_opening_tells_of_stages_sources_and_lengths():
+    config = Config()
+    config.train.steps, config.train.batch_size, config.data.sequence_length = 500, 16, 64
+    config.data.stages = "300 x 32: stdlib; stdlib@3, docstrings@1"
+    rows = dict(report._reading(config, text_of(config)))
+    assert rows["batch"] == "16 rows x 32 = 512 tokens, 16 rows x 64 = 1,024 tokens"
+    assert rows["steps"] == "500: 358 K tokens, 4.80 epochs of stdlib, 0.80 epochs of docstrings"
+    assert rows["stages"] == (
+        "300 steps of rows of 32 tokens from stdlib\n200 steps of rows of 64 tokens from stdlib@3, docstrings@1"
+    )
+    assert rows["data"].count("64.0 K tokens to train on") == 2
 
 
 # --------------------------------------------------------------------------------------------------------- each step
@@ -171,7 +212,7 @@ def test_the_loop_decides_by_what_the_step_found(reporter):
     reporter.dispatched(3, metrics(loss=np.float32(2.5), gradient_norm=np.float32(np.inf), stop=np.int32(2)), True)
     numbers = reporter.batches.row_numbers(2).tolist()
     expected = {"step": 3, "loss": 2.5, "gradient_norm": math.inf, "skipped": 0, "row_numbers": numbers}
-    expected |= {"warnings": [], "stop": True}
+    expected |= {"warnings": [], "stop": True, "began": ""}
     assert reporter.flush() == expected
 
 
@@ -280,6 +321,80 @@ def test_steps_that_are_not_logged_are_not_counted(with_experts):
         reporter.dispatched(step, starving(step), True)
         found.append(reporter.flush()["warnings"])
     assert [step for step, says in enumerate(found, 1) if says] == [10]
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+@pytest.fixture
+def staged(reporter):
+    """A reporter of a run of two stages: 3 steps of one source, then 6 of two in rows twice as long."""
+    reporter.config.data.sequence_length = 2 * T
+    reporter.config.data.stages = f"3 x {T}: a; a@1, b@3"
+    tables = [Table(0, Rows(Stream(), T, -1)), *(Table(n, Rows(Stream(), 2 * T, -1)) for n in (0, 1))]
+    course = Course(tables, [Leg(3, (0,), Turns([1])), Leg(6, (1, 2), Turns([1, 3]))], 2, seed=0)
+    log, run = reporter.log, reporter.run
+    made = report.Reporter(reporter.config, reporter.console, log, reporter.ledger, course, 1e12, lambda metrics: metrics)
+    made.run = run
+    return made
+
+
+def test_a_stage_that_begins_is_a_line_of_the_ledger_before_its_first_step(staged):
+    began = []
+    for step in range(1, 10):
+        staged.dispatched(step, metrics(), True)
+        began.append(staged.flush()["began"])
+    records = read_json_lines(staged.run.ledger)
+    assert [(r["step"], r.get("stage")) for r in records if r["step"] in (3, 4)] == [(3, None), (4, 2), (4, None)]
+    assert sum("stage" in record for record in records) == 1
+    assert records[3] == {"step": 4, "stage": 2, "sequence_length": 8, "mixture": "a@1, b@3"}
+    assert began[3] == "step 4: stage 2 of 2 begins: 6 steps of rows of 8 tokens from a@1, b@3"
+    assert not any(began[:3] + began[4:])
+    state, found = read_ledger(records)
+    assert (state.wrong(), state.last, sorted(found["loss"])) == ([], 9, list(range(1, 10)))
+
+
+def test_realised_ratios_stage_and_length_are_metrics(staged):
+    staged.config.monitor.log_every = 1
+    for step in range(1, 10):
+        staged.dispatched(step, metrics(), True)
+    staged.flush()
+    records = read_json_lines(staged.run.metrics)
+    assert [(r["stage"], r["sequence_length"]) for r in records] == [(1, 4)] * 3 + [(2, 8)] * 6
+    assert [r.get("mixture/b") for r in records[:3]] == [None] * 3
+    assert records[2]["mixture/a"] == 1
+    numbers = [staged.batches.row_numbers(step) >> TABLE_BIT for step in range(3, 9)]
+    for record, until in zip(records[3:], range(1, 7), strict=True):
+        share = np.mean(np.concatenate(numbers[:until]) == 2)
+        assert (record["mixture/a"], record["mixture/b"]) == pytest.approx((1 - share, share), rel=1e-12)
+
+
+def test_longer_rows_are_more_tokens_a_second_and_more_floating_point_operations(staged, monkeypatch):
+    monkeypatch.setattr(staged.rate, "step", lambda tokens: 100.0 * tokens)
+    seconds = []
+    monkeypatch.setattr(staged.console, "progress", lambda record, logged: seconds.append(record["seconds_left"]))
+    for step in (2, 4):
+        staged.dispatched(step, metrics(), True)
+        staged.flush()
+    short, long = read_json_lines(staged.run.metrics)
+    assert (short["tokens_per_second"], long["tokens_per_second"]) == (800, 1600)
+    for record, length in ((short, T), (long, 2 * T)):
+        flops = counts(at_length(staged.config, length)).training_flops
+        assert record["peak_fraction"] == pytest.approx(record["tokens_per_second"] * flops / 1e12)
+    assert seconds == [(2 * T + 6 * 4 * T) / 800, 5 * 4 * T / 1600]
+
+
+def test_bits_per_byte_are_of_the_tokens_that_count(staged):
+    staged.dispatched(2, metrics(text_tokens=np.int32(3)), True)
+    staged.flush()
+    assert read_json_lines(staged.run.metrics)[0]["bits_per_byte"] == pytest.approx(1.5 * 3 / 16 / math.log(2))
+
+
+def test_an_evaluation_of_several_sources_tells_of_each():
+    of = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.0, "accuracy": 0.5, "tokens": 10}
+    assert report.figures(of).endswith("over 10 tokens")
+    both = of | {"sources": {"a": of, "b": of | {"loss": 3.0, "bits_per_byte": 1.5}}}
+    assert report.figures(both).endswith("over 10 tokens; a: loss 2.0000, bits/byte 1.000; b: loss 3.0000, bits/byte 1.500")
 
 
 def test_without_journals_nothing_is_written(reporter):
