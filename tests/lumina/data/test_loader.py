@@ -9,7 +9,7 @@ from lumina.config import DataConfig
 from lumina.data import Batches, Rows, prepare
 from lumina.data.loader import AHEAD, prefetch
 from lumina.errors import DataError
-from tests.waiting import GIVES_UP
+from tests.waiting import GIVES_UP, until
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,10 @@ def test_loading_runs_ahead_but_not_away():
     counting = Counting()
     loaded = prefetch(counting, 0, 1000)
     next(loaded)
+    until(lambda: len(counting.made) > 1)
     loaded.close()
     join_threads()
-    assert 1 < len(counting.made) <= 1 + AHEAD
+    assert len(counting.made) <= 1 + AHEAD
 
 
 def test_an_error_reaches_the_caller_at_its_step_as_it_was_raised():
