@@ -9,19 +9,27 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from lumina.data import embedded, formats
+from lumina.data import embedded, huggingface
+from lumina.data.conversations import document
 from lumina.data.finding import EMBEDDED, Found, find, readable
+from lumina.data.formats import Part, about, documents, usable
+from lumina.data.huggingface import PREFIX
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document, Reject
 from lumina.data.streams import shown
+from lumina.data.tables import arrow_batches, parquet_groups
 from lumina.errors import DataError
 
 UNIT_BYTES = 16 * 2**20
 READ_BYTES = 2**20
 PROGRESS_SECONDS = 2.0
+TAGS = {"text": "txt"}  # in fingerprints, for those that manifests of the first releases hold
+
+Cut = tuple[int, int, int, int]  # start, stop, number of the first line or row, bytes
 
 
 class Unit(NamedTuple):
@@ -31,11 +39,13 @@ class Unit(NamedTuple):
     spec: str  # as the user named it
     name: str  # what errors call it
     format: str
-    start: int = 0  # the part of the file: bytes of line formats; 0, 0 is all of it
+    start: int = 0  # the part of the file: bytes of lines, row groups of Parquet, batches of Arrow; 0, 0 is all of it
     stop: int = 0
-    first: int = 1  # line number of the first record
+    first: int = -1  # number of the first line or row; -1 is that of a whole file
     paths: tuple[str, ...] = ()  # small files share a unit
-    bytes: int = 0
+    bytes: int = 0  # as they are stored
+    encoding: str = ""  # what the files are compressed or encoded in
+    trees: bool = False  # the records are of trees of replies
 
 
 class Plan(NamedTuple):
@@ -51,22 +61,21 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
     """The units of all sources, in the order named.
 
     Args:
-        specs: files, directories, globs, stdlib, synthetic.
+        specs: files, directories, globs, stdlib, synthetic, docstrings, preferences, hf:DIR[:SPLIT] and
+            hf:NAME@REVISION[:CONFIG][:SPLIT]. What stdin holds is named as the file that `spool` makes of it.
         recipe: its format is that of all files; where it has none, each file's is found.
         progress: is given a line now and then while it takes long.
 
     Raises:
         DataError: a source is missing, cannot be read, is of no known format, is named twice, or holds no file.
-        UsageError: the recipe names a format that does not exist.
+        UsageError: the recipe names a format that does not exist, or a library is missing.
     """
     sources: list[tuple[str, list[Found]]] = []
     said: list[str] = []
     taken: set[str] = set()
     for spec in specs:
-        found: list[Found] = []
-        if spec not in EMBEDDED:
-            found, passed = find(spec, recipe)
-            said += _statements(spec, found, passed)
+        found, about = _found(spec, recipe)
+        said += about
         for identity in [os.path.realpath(each.path) for each in found] or [spec]:
             if identity in taken:
                 raise DataError(f"{shown(spec)}: names {shown(identity)} twice; name it once")
@@ -78,25 +87,50 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
     digest = hashlib.sha256()
     units: list[Unit] = []
     for spec, found in sources:
-        parts = _embedded(spec, digest.update, said) if spec in EMBEDDED else _cut(spec, found, survey, digest.update)
-        units += parts
+        if found:
+            units += _cut(spec, found, survey, digest.update)
+        else:
+            units += _of_hub(spec, digest.update, said) if spec.startswith(PREFIX) else _embedded(spec, digest.update, said)
     units = [unit._replace(number=number) for number, unit in enumerate(units)]
     return Plan(units, digest.hexdigest(), said, sum(unit.bytes for unit in units))
 
 
 def read(unit: Unit, recipe: Recipe) -> Iterator[Document | Reject]:
-    """The unit's records in order. Raises DataError where a file is no longer there."""
+    """The unit's records in order. Raises DataError where a file is no longer there, or the network is not."""
     if unit.format == "stdlib":
         with readable(unit.name):
-            yield from (formats.usable(each, "") for each in embedded.stdlib_documents(unit.paths))
+            yield from (usable(each, recipe, each.name) for each in embedded.stdlib_documents(unit.paths))
     elif unit.format == "synthetic":
         yield from embedded.synthetic_documents()
-    for path in unit.paths if unit.format not in EMBEDDED else ():
-        with readable(path):
-            if unit.format == "text":
-                yield from formats.text(path, recipe)
-            else:
-                yield from formats.by_line(path, unit.format, recipe, unit.start, unit.stop, unit.first)
+    elif unit.format in EMBEDDED:
+        yield from _docstrings(unit.format)
+    elif unit.format == "hub":
+        for name, value in huggingface.rows(huggingface.parse(unit.name), unit.start, unit.stop):
+            yield usable(document(value, name, recipe.text_field), recipe, value)
+    else:
+        for path in unit.paths:
+            with readable(path):
+                part = Part(path, unit.format, unit.encoding, unit.start, unit.stop, unit.first, unit.trees)
+                yield from documents(part, recipe)
+
+
+def _found(spec: str, recipe: Recipe) -> tuple[list[Found], list[str]]:
+    """The files of a source, none where it has none, and what to tell of them."""
+    if spec in EMBEDDED:
+        return [], []
+    if spec == "-":
+        raise DataError("-: stdin can be read only once; read it with `spool`")
+    passed: Counter[str] = Counter()
+    split = ""
+    if not spec.startswith(PREFIX):
+        found, passed = find(spec, recipe)
+    elif huggingface.local(spec)[0]:
+        paths, split = huggingface.files(spec)
+        found = [each for path in paths for each in find(path, replace(recipe, format=""))[0]]
+    else:
+        return [], []
+    said = _statements(spec, found, passed, recipe)
+    return found, [*said, *([f"{shown(spec)}: {split}"] if split else [])]
 
 
 def spool(stream: BinaryIO, directory: str | os.PathLike[str]) -> Path:
@@ -115,20 +149,21 @@ def spool(stream: BinaryIO, directory: str | os.PathLike[str]) -> Path:
 # ------------------------------------------------------------------------------------------------------- statements
 
 
-def _statements(spec: str, found: list[Found], passed: Counter[str]) -> list[str]:
+def _statements(spec: str, found: list[Found], passed: Counter[str], recipe: Recipe) -> list[str]:
     """A line for each way that files of `spec` are read, and one about those that are not."""
-    by_about: dict[str, list[Found]] = {}
+    ways: dict[str, list[str]] = {}
     for each in found:
-        by_about.setdefault(each.about, []).append(each)
-    said = []
-    for about, files in by_about.items():
-        name = shown(files[0].path) if len(files) == 1 else f"{shown(spec)}: {len(files):,} files"
-        said.append(f"{name}: {about}")
+        with readable(each.path):
+            ways.setdefault(about(each.part, recipe), []).append(each.path)
+    said = [
+        f"{shown(paths[0]) if len(paths) == 1 else f'{shown(spec)}: {len(paths):,} files'}: {way}"
+        for way, paths in ways.items()
+    ]
     if passed:
         why = ", ".join(f"{count:,} {shown(reason)}" for reason, count in sorted(passed.items()))
         said.append(f"{shown(spec)}: {passed.total():,} passed over: {why}")
     if not found:
-        raise DataError(f"{shown(spec)}: holds no file that can be read{': ' + said[-1] if said else ''}")
+        raise DataError(f"{shown(spec)}: holds no file that can be read{'; ' + said[-1] if said else ''}")
     return said
 
 
@@ -157,28 +192,49 @@ class _Survey:
 
 
 def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes], None]) -> list[Unit]:
-    """Units of about UNIT_BYTES: ranges of large files of lines, groups of small files."""
+    """Units of about UNIT_BYTES: parts of large files, groups of small ones."""
     units: list[Unit] = []
     for each in found:
-        size = os.path.getsize(each.path)
-        last = units[-1] if units else None
         contents, cuts = _ranges(survey.chunks(each.path))
-        # The tag of a text is that of the first release, whose fingerprints are in manifests.
-        update(hashlib.sha256({"text": "txt"}.get(each.format, each.format).encode() + contents).digest())
-        if each.format != "text" and len(cuts) > 1:
-            parts = [Unit(0, spec, shown(each.path), each.format, *cut, (each.path,), cut[1] - cut[0]) for cut in cuts]
-            units += parts
-        elif last and last.format == each.format and not last.stop and last.bytes + size <= UNIT_BYTES:
-            units[-1] = last._replace(paths=(*last.paths, each.path), bytes=last.bytes + size)
+        tag = "oasst" if each.trees else TAGS.get(each.format, each.format)
+        update(hashlib.sha256(tag.encode() + contents).digest())
+        if each.trees or each.encoding or each.format not in ("lines", "jsonl"):
+            cuts = _groups(each) if each.format in ("parquet", "arrow") and not each.trees else []
+        unit = Unit(0, spec, shown(each.path), each.format, paths=(each.path,), encoding=each.encoding, trees=each.trees)
+        if len(cuts) > 1:
+            units += [unit._replace(start=start, stop=stop, first=first, bytes=size) for start, stop, first, size in cuts]
+            continue
+        unit = unit._replace(bytes=os.path.getsize(each.path))
+        if units and _fits(units[-1], unit):
+            units[-1] = units[-1]._replace(paths=(*units[-1].paths, each.path), bytes=units[-1].bytes + unit.bytes)
         else:
-            units.append(Unit(0, spec, shown(each.path), each.format, 0, 0, 1, (each.path,), size))
+            units.append(unit)
     return units
 
 
-def _ranges(chunks: Iterator[bytes]) -> tuple[bytes, list[tuple[int, int, int]]]:
-    """sha256 of the chunks, and (start, stop, number of the first line) of ranges of at least UNIT_BYTES that end with a line."""
+def _fits(unit: Unit, more: Unit) -> bool:
+    alike = (unit.format, unit.encoding, unit.trees) == (more.format, more.encoding, more.trees)
+    return alike and not unit.stop and unit.bytes + more.bytes <= UNIT_BYTES
+
+
+def _groups(found: Found) -> list[Cut]:
+    """Ranges of row groups or batches of at least UNIT_BYTES."""
+    with readable(found.path):
+        groups = (parquet_groups if found.format == "parquet" else arrow_batches)(found.path)
+    cuts: list[Cut] = []
+    start, row, rows, size = 0, 0, 0, 0
+    for index, (count, stored) in enumerate(groups, 1):
+        rows, size = rows + count, size + stored
+        if size >= UNIT_BYTES or index == len(groups):
+            cuts.append((start, index, row, size))
+            start, row, size = index, rows, 0
+    return cuts
+
+
+def _ranges(chunks: Iterator[bytes]) -> tuple[bytes, list[Cut]]:
+    """sha256 of the chunks, and ranges of at least UNIT_BYTES that end with a line."""
     digest = hashlib.sha256()
-    cuts: list[tuple[int, int, int]] = []
+    cuts: list[Cut] = []
     start, first, line, position = 0, 1, 1, 0
     for chunk in chunks:
         digest.update(chunk)
@@ -186,12 +242,12 @@ def _ranges(chunks: Iterator[bytes]) -> tuple[bytes, list[tuple[int, int, int]]]
         while (end := chunk.find(b"\n", max(counted, start + UNIT_BYTES - 1 - position))) >= 0:
             line += chunk.count(b"\n", counted, end + 1)
             counted = end + 1
-            cuts.append((start, position + counted, first))
+            cuts.append((start, position + counted, first, position + counted - start))
             start, first = position + counted, line
         line += chunk.count(b"\n", counted)
         position += len(chunk)
     if position > start:
-        cuts.append((start, position, first))
+        cuts.append((start, position, first, position - start))
     return digest.digest(), cuts
 
 
@@ -202,7 +258,12 @@ def _embedded(spec: str, update: Callable[[bytes], None], said: list[str]) -> li
         return [Unit(0, spec, spec, spec)]
     names, root = embedded.stdlib_names(), embedded.stdlib_root()
     with readable(spec):
-        update(embedded.stdlib_digest(names))
+        contents = embedded.stdlib_digest(names)
+        if spec != "stdlib":
+            update(hashlib.sha256(spec.encode() + contents).digest())
+            said.append(f"{spec}: made of the docstrings of {len(names):,} files of {root}")
+            return [Unit(0, spec, spec, spec, bytes=sum(os.path.getsize(root / name) for name in names))]
+        update(contents)
         said.append(f"stdlib: {len(names):,} files of {root}, a document a file")
         units: list[Unit] = []
         for name in names:
@@ -212,3 +273,17 @@ def _embedded(spec: str, update: Callable[[bytes], None], said: list[str]) -> li
             else:
                 units.append(Unit(0, spec, spec, spec, paths=(name,), bytes=size))
     return units
+
+
+def _docstrings(spec: str) -> Iterator[Document]:
+    from lumina.data import docstrings
+
+    return docstrings.conversations() if spec == "docstrings" else docstrings.preferences()
+
+
+def _of_hub(spec: str, update: Callable[[bytes], None], said: list[str]) -> list[Unit]:
+    """A unit a shard."""
+    dataset, shards = huggingface.pinned(spec)
+    update(hashlib.sha256("\0".join(("hub", *dataset)).encode()).digest())
+    said.append(f"{dataset}: {shards:,} shards, downloaded from the Hugging Face Hub as they are read")
+    return [Unit(0, spec, str(dataset), "hub", shard, shards) for shard in range(shards)]

@@ -1,0 +1,150 @@
+"""The values of a JSON file one by one, in a window: the elements of an array, or objects in a row."""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+WINDOW_BYTES = 2**20
+SOURCE_CHARACTERS = 1000  # kept of a value that is too large
+
+_SEPARATORS = re.compile(r"[\s,]*+")
+_SCALAR = re.compile(r"[^\s,\[\]{}]++|.", re.DOTALL)
+_BRACKET_OR_QUOTE = re.compile(r'["\[\]{}]')
+_STRING = re.compile(r'(?:[^"\\\n]++|\\.)*+')
+_NEXT_LINE = re.compile(r"\n[ \t\r]*+[\[\]{]")
+_decode = json.JSONDecoder().raw_decode
+
+
+class Value(NamedTuple):
+    """One value, or the kind of fault that it has."""
+
+    source: str  # as it is written; of a large one the beginning. A byte that is not UTF-8 is a lone surrogate in it.
+    value: Any
+    fault: str  # "", "not JSON" or "too large"
+
+
+def values(file: IO[bytes], limit: int) -> Iterator[Value]:
+    """The elements of an array, or the values that stand one after the other; those above `limit` bytes are faults.
+
+    A broken value ends where its brackets do; where a string of it has no end, at the next line that begins with one.
+    """
+    window = _Window(file)
+    in_array = False
+    while window.skip_separators():
+        if window.text[window.at] == ("]" if in_array else "["):
+            in_array = not in_array
+            window.at += 1
+        else:
+            yield _value(window, limit)
+    if in_array:
+        yield Value("", None, "not JSON")  # its end is missing
+
+
+def _value(window: "_Window", limit: int) -> Value:
+    """What begins at the window's place; the window grows until all of it is there, and then is behind it."""
+    scan = _Scan()
+    while True:
+        text, start = window.text, window.at
+        value, fault = None, ""
+        try:
+            value, end = _decode(text, start)
+            if text[start] not in '{["' and end != scan.end(text, start, window.ended):
+                raise ValueError("a word or number goes on")
+        except (ValueError, RecursionError):  # also for integers that are longer than Python reads
+            value, end, fault = None, scan.end(text, start, window.ended), "not JSON"
+        if end < 0 and window.ended:
+            end = len(text)
+        if end >= 0:
+            window.at = end
+            if _is_larger(text, start, end, limit):
+                value, fault = None, "too large"
+            return Value(text[start:end], value, fault)
+        if len(text) - start > limit:
+            window.pass_over(scan)
+            return Value(text[start : start + SOURCE_CHARACTERS], None, "too large")
+        window.grow()
+
+
+def _is_larger(text: str, start: int, stop: int, limit: int) -> bool:
+    if 4 * (stop - start) <= limit:
+        return False
+    return len(text[start:stop].encode("utf-8", "surrogateescape")) > limit
+
+
+class _Window:
+    """A part of the file as characters, and a place in it."""
+
+    def __init__(self, file: IO[bytes]):
+        self.text, self.at, self.ended = "", 0, False
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+
+    def grow(self) -> None:
+        """Drop what is before the place, and at least double the rest."""
+        rest = self.text[self.at :]
+        chunk = self._file.read(max(WINDOW_BYTES, len(rest)))
+        self.ended = not chunk
+        self.text, self.at = rest + self._decoder.decode(chunk, final=self.ended), 0
+
+    def skip_separators(self) -> bool:
+        """Go to the next value or bracket; whether there is one."""
+        while True:
+            self.at = _SEPARATORS.match(self.text, self.at).end()  # type: ignore[union-attr]  # it matches nothing, too
+            if self.at < len(self.text) or self.ended:
+                return self.at < len(self.text)
+            self.grow()
+
+    def pass_over(self, scan: "_Scan") -> None:
+        """Go behind the value at the place, without keeping any of it."""
+        while (end := scan.end(self.text, self.at, self.ended)) < 0 and not self.ended:
+            self.at += scan.read
+            scan.read = 0
+            self.grow()
+        self.at = end if end >= 0 else len(self.text)
+
+
+class _Scan:
+    """Finds the end of a value, of which more and more is at hand, by its brackets and strings alone."""
+
+    def __init__(self) -> None:
+        self.read = 0  # characters of the value that are done with
+        self._depth = 0
+        self._place = "outside"  # of strings; or in a "string", or behind a "broken" one
+
+    def end(self, text: str, start: int, ended: bool) -> int:
+        """Where the value that begins at `start` ends, or -1 if that is not in the text. `ended`: nothing comes after it."""
+        at = start + self.read
+        while at < len(text):
+            if self._place == "string":
+                at = _STRING.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+                if at == len(text) or (text[at] == "\\" and at + 1 == len(text)):
+                    break
+                self._place = "outside" if text[at] == '"' else "broken"
+                at += self._place == "outside"
+            elif self._place == "broken":
+                if found := _NEXT_LINE.search(text, at):
+                    return found.start()
+                at = max(at, text.rfind("\n", at))
+                break
+            elif not self._depth and text[at] not in '"[{':
+                at = _SCALAR.match(text, at).end()  # type: ignore[union-attr]  # it matches any character
+                if at < len(text) or ended:
+                    return at
+                at -= 1  # so that what comes is still seen to be one
+                break
+            else:
+                found = _BRACKET_OR_QUOTE.search(text, at)
+                at = found.end() if found else len(text)
+                self._enter(found.group() if found else "")
+            if self._place == "outside" and not self._depth:
+                return at
+        self.read = at - start
+        return -1
+
+    def _enter(self, character: str) -> None:
+        if character == '"':
+            self._place = "string"
+        elif character:
+            self._depth += 1 if character in "[{" else -1
