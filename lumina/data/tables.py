@@ -176,7 +176,7 @@ def parquet_groups(path: str) -> list[tuple[int, int]]:
 
 
 def parquet_rows(path: str, start: int, stop: int, first: int, text_field: str) -> Iterator[Row]:
-    """Rows of row groups [start, stop), or of all where that is 0, 0, numbered from `first`. A damaged group ends in a fault."""
+    """Rows of row groups [start, stop), or of all where that is 0, 0, numbered from `first`. A damaged group is a fault."""
     with _parquet(path) as file:
         if file is None:
             yield Row(first, {}, "damaged Parquet")
