@@ -170,33 +170,30 @@ def _with_trees(found: Found, recipe: Recipe) -> Found:
 
 
 def _walk(top: str, passed: Counter[str]) -> Iterator[str]:
-    """Files below a directory in order of their names, without hidden ones; each directory once, whatever links lead to it."""
-    seen: set[str] = set()
+    """Files below a directory in order of their names, without hidden ones; each once, whatever links lead to it."""
+    seen = {os.path.realpath(top)}
+
+    def is_new(here: str, name: str, what: str) -> bool:
+        real = os.path.realpath(os.path.join(here, name))
+        reason = "hidden" if name.startswith(".") else f"link to a {what} already taken" if real in seen else ""
+        if reason:
+            passed[reason] += 1
+        else:
+            seen.add(real)
+        return not reason
 
     def fail(error: OSError) -> None:
         raise DataError(f"{shown(error.filename)}: cannot be read: {error.strerror}") from error
 
     for here, children, names in os.walk(top, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(here))
-        kept = []
-        for child in sorted(children):
-            if child.startswith("."):
-                passed["hidden"] += 1
-            elif os.path.realpath(os.path.join(here, child)) in seen:
-                passed["link to a directory already taken"] += 1
-            else:
-                seen.add(os.path.realpath(os.path.join(here, child)))
-                kept.append(child)
-        children[:] = kept
+        children[:] = [child for child in sorted(children) if is_new(here, child, "directory")]
         for name in sorted(names):
             path = os.path.join(here, name)
-            if name.startswith("."):
-                passed["hidden"] += 1
-            elif not os.path.exists(path):
+            if not os.path.exists(path):
                 passed["broken link"] += 1
-            elif not stat.S_ISREG(os.stat(path).st_mode):
-                passed["no file but a socket, pipe or device"] += 1
-            else:
+            elif not os.path.isfile(path):
+                passed["socket, pipe or device"] += 1
+            elif is_new(here, name, "file"):
                 yield path
 
 

@@ -1,6 +1,7 @@
 """The records of a file, by its format, and the documents that they are."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -61,7 +62,9 @@ def records(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
 def about(part: Part, recipe: Recipe) -> str:
     """How the file is read, in words, by its first records."""
     said = [part.format, *([part.encoding] if part.encoding else [])]
-    if part.format in ("text", "lines"):
+    if part.format == "text" and not part.encoding and os.path.getsize(part.path) > limit(recipe):
+        said.append(f"larger than {recipe.max_record_mb:g} MB and thus rejected; with --format lines a line is a document")
+    elif part.format in ("text", "lines"):
         said.append(f"a document a {'file' if part.format == 'text' else 'line'}")
     elif part.trees:
         said.append("conversations (trees of replies)")

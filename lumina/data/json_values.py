@@ -31,15 +31,17 @@ def values(file: IO[bytes], limit: int) -> Iterator[Value]:
     A broken value ends where its brackets do; where a string of it has no end, at the next line that begins with one.
     """
     window = _Window(file)
-    in_array = False
+    in_array, fault = False, ""
     while window.skip_separators():
         if window.text[window.at] == ("]" if in_array else "["):
             in_array = not in_array
             window.at += 1
         else:
-            yield _value(window, limit)
-    if in_array:
-        yield Value("", None, "not JSON")  # its end is missing
+            found = _value(window, limit)
+            fault = found.fault
+            yield found
+    if in_array and not fault:
+        yield Value("", None, "not JSON")  # its end is missing, and no last value told of it
 
 
 def _value(window: "_Window", limit: int) -> Value:

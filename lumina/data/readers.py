@@ -276,9 +276,9 @@ def _embedded(spec: str, update: Callable[[bytes], None], said: list[str]) -> li
 
 
 def _docstrings(spec: str) -> Iterator[Document]:
-    from lumina.data import docstrings
+    from lumina.data.docstrings import conversations, preferences
 
-    return docstrings.conversations() if spec == "docstrings" else docstrings.preferences()
+    return conversations() if spec == "docstrings" else preferences()
 
 
 def _of_hub(spec: str, update: Callable[[bytes], None], said: list[str]) -> list[Unit]:

@@ -1,9 +1,7 @@
 """Bytes of files, whatever they are compressed or encoded in, and lines of them of a bounded length."""
 
-import bz2
 import codecs
 import io
-import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +36,7 @@ def sample(record: Any) -> str:
     """The beginning of a record, printable."""
     if isinstance(record, bytes):
         record = record[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "backslashreplace")
-    return shown((record if isinstance(record, str) else repr(record))[:SAMPLE_CHARACTERS])
+    return shown((record if isinstance(record, str) else repr(record))[:SAMPLE_CHARACTERS].rstrip())
 
 
 def encoding_of(path: str) -> str:
@@ -153,8 +151,12 @@ def _decompressor(encoding: str) -> tuple[Callable[[], Any], tuple[int, ...], tu
     if encoding == "gz":
         return lambda: zlib.decompressobj(wbits=31), (), (zlib.error,)
     if encoding == "xz":
+        import lzma  # here, because not every Python is built with it
+
         return lzma.LZMADecompressor, (BUFFER_BYTES,), (lzma.LZMAError,)
     if encoding == "bz2":
+        import bz2
+
         return bz2.BZ2Decompressor, (BUFFER_BYTES,), (OSError, ValueError)
     zstandard = need("zstandard", "reading .zst files")
     # As large as `zstd --long=31` makes them: dumps of forums are.

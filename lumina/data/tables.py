@@ -195,7 +195,7 @@ def _parquet(path: str) -> Iterator[Any]:
     pyarrow, parquet = (need(name, "reading .parquet files") for name in ("pyarrow", "pyarrow.parquet"))
     with pyarrow.OSFile(path) as source:
         try:
-            file = parquet.ParquetFile(source, buffer_size=2**20)  # of a column, this much is read ahead, not all of it
+            file = parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # reads that much ahead, not a whole column
         except _damage():
             file = None
         yield file

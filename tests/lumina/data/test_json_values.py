@@ -68,7 +68,7 @@ def test_a_string_without_an_end_costs_its_own_line_alone():
 @pytest.mark.usefixtures("window")
 @pytest.mark.parametrize("content", [b'[{"a": 1}, {"a": ', b'[{"a": 1}, {"a": "b', b'[{"a": 1}', b'[{"a": 1},\n'])
 def test_an_array_that_ends_early_says_so_once(content):
-    assert read(content) == [({"a": 1}, ""), (None, "not JSON")] + [(None, "not JSON")] * (content.count(b"{") - 1)
+    assert read(content) == [({"a": 1}, ""), (None, "not JSON")]
 
 
 @pytest.mark.usefixtures("window")
