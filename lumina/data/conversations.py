@@ -34,9 +34,10 @@ def document(value: Any, name: str, text_field: str = "") -> Document | Reject:
         text_field: the field that holds its text, which then is a text and nothing else.
     """
     try:
+        if isinstance(value, list):
+            return Document(name, turns=validated(_messages(value)))
         if not isinstance(value, Mapping):
-            turns = _messages(value) if isinstance(value, list) else []
-            return Document(name, turns=validated(turns)) if turns else Reject(name, "not an object")
+            raise Fault("not an object")
         return _document(value, name, text_field)
     except Fault as fault:
         return Reject(name, str(fault))

@@ -1,0 +1,125 @@
+"""`lumina data show`: the tokens of a record, which of them are learned, and what is said of a record that is none."""
+
+import argparse
+import json
+
+import pytest
+
+from lumina.conversation import TEMPLATES, parse, render
+from lumina.data import commands, show
+from lumina.data.records import Turn
+from lumina.errors import ConfigError, UsageError
+from lumina.tokenizer import load_tokenizer, train_bpe
+
+RECORDS = [
+    {"messages": [{"role": "human", "content": "What is\n2 + 2?"}, {"role": "gpt", "content": "4 é\x1b[2J"}]},
+    {"prompt": "Hi", "chosen": "Hello there", "rejected": "Go away"},
+    {"messages": [{"role": "tool", "content": "x"}]},
+    {"text": "Just a text"},
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("show")
+    (directory / "chats.jsonl").write_text("".join(json.dumps(each) + "\n" for each in RECORDS), encoding="utf-8")
+    train_bpe(["What is there? Hello there, " * 9], 270).save(directory / "tokenizer")
+    return directory
+
+
+@pytest.fixture
+def told(places, capsys):
+    def run(*options):
+        parser = argparse.ArgumentParser()
+        show.add(parser)
+        commands.add_recipe(parser)
+        show.tell(parser.parse_args([str(places / "chats.jsonl"), *options]))
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_json_has_the_ids_roles_and_weights_of_the_renderer(told, places, template):
+    place = str(places / "tokenizer")
+    found = json.loads(told("--json", "--template", template, "--tokenizer", place, "--loss-weights", "assistant=1.5,user=1"))
+    tokenizer = load_tokenizer(place, TEMPLATES[template].extra)
+    turns = [Turn("user", "What is\n2 + 2?"), Turn("assistant", "4 é\x1b[2J")]
+    (side,) = found["sides"]
+    rendered = render(tokenizer, turns, template)
+    assert side["ids"] == [*rendered.ids, tokenizer.control["<|document_end|>"]]
+    assert parse(tokenizer, side["ids"], template) == turns
+    names = ["none", "system", "user", "assistant", "text"]
+    assert side["roles"] == [*(names[code] for code in rendered.roles), "none"]
+    assert side["weights"] == [{"none": 0, "user": 1, "assistant": 1.5}[role] for role in side["roles"]]
+    assert [turn["start"] for turn in side["turns"]] == list(rendered.turns)
+    assert found["template"] == template
+
+
+def test_text_marks_what_is_learned_and_cannot_steer_a_terminal(told, places):
+    text = told("--tokenizer", str(places / "tokenizer"))
+    assert "\x1b" not in text
+    assert "conversation, template lumina, tokenizer bpe-270" in text
+    assert " tokens, 9 of them learned" in text
+    assert "     267 <|user|>" in text
+    assert "\n     268 <|assistant|> *52 4 *32 · *195 \\xc3 *169 \\xa9 *27 \\x1b *91 [" in text
+    assert "*269 <|turn_end|>  264 <|document_end|>" in text
+
+
+def test_more_than_one_weight_has_another_mark(told):
+    text = told("--loss-weights", "assistant=1.5,user=1", "--template", "chat")
+    assert "*87 W" in text
+    assert "+52 4" in text
+
+
+def test_colours_are_for_weights(places, told, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    text = told("--loss-weights", "assistant=1.5,user=1")
+    assert "\x1b[33m52 4\x1b[0m" in text
+    assert "\x1b[32m87 W\x1b[0m" in text
+    assert "\x1b[90m" in text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in told("--loss-weights", "assistant=1.5,user=1")
+
+
+def test_both_sides_of_a_preference(told):
+    found = json.loads(told("--record", "2", "--json"))
+    assert [side["side"] for side in found["sides"]] == ["chosen", "rejected"]
+    assert found["kind"] == "preference"
+    assert "\nrejected: " in told("--record", "2")
+
+
+def test_a_rejected_record_is_told_with_its_kind(told):
+    assert ":3: rejected: role tool\n" in told("--record", "3")
+    assert json.loads(told("--record", "3", "--json"))["why"] == "role tool"
+
+
+def test_all_of_a_text_is_learned(told):
+    (side,) = json.loads(told("--record", "4", "--json"))["sides"]
+    assert set(side["roles"]) == {"text"}
+    assert set(side["weights"]) == {1.0}
+
+
+def test_what_cannot_be_shown_is_refused(told):
+    with pytest.raises(UsageError, match=r"--record 5: .*chats.jsonl has 4"):
+        told("--record", "5")
+    with pytest.raises(UsageError, match="--record 0: the first is 1"):
+        told("--record", "0")
+    with pytest.raises(ConfigError, match="template 'alpaca'"):
+        told("--template", "alpaca")
+    with pytest.raises(ConfigError, match="loss_weights = 'tool=1'"):
+        told("--loss-weights", "tool=1")
+
+
+def test_long_records_are_printed_in_part_and_told_so(tmp_path, capsys):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "Why?", "response": "ab " * 2000}), encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    show.add(parser)
+    commands.add_recipe(parser)
+    tokenizer = train_bpe([], 262)
+    tokenizer.save(tmp_path / "bytes")
+    show.tell(parser.parse_args([str(tmp_path / "long.jsonl"), "--tokenizer", str(tmp_path / "bytes")]))
+    text = capsys.readouterr().out
+    assert "  ... 5,009 more tokens; --json has all" in text
+    assert max(map(len, text.splitlines())) <= 128
