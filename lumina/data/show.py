@@ -1,7 +1,6 @@
 """`lumina data show`: a record of a file as the tokens that training sees, their ids and the weight of each in the loss."""
 
 import argparse
-import itertools
 import json
 import os
 import shutil
@@ -48,21 +47,32 @@ def tell(arguments: argparse.Namespace) -> None:
     if arguments.record < 1:
         raise UsageError(f"--record {arguments.record}: the first is 1")
     weights, form = loss_weights(arguments.loss_weights), named(arguments.template)
-    records = _records(arguments)
-    first = list(itertools.islice(records, arguments.record if arguments.tokenizer else max(arguments.record, SAMPLE_RECORDS)))
-    if len(first) < arguments.record:
-        raise UsageError(f"--record {arguments.record}: {arguments.file} has {len(first)}")
-    record = first[arguments.record - 1]
+    record, documents = _found(arguments)
     if isinstance(record, Reject):
         found: dict[str, Any] = {"name": record.name, "kind": "rejected", "why": record.kind, "sample": record.sample}
     else:
-        documents = [each for each in first if isinstance(each, Document)]
         tokenizer = load_tokenizer(arguments.tokenizer, form.extra) if arguments.tokenizer else _small(documents, form.extra)
         found = shown(record, tokenizer, arguments.template, weights)
     if arguments.json:
         print(json.dumps(found))
     else:
         print(text(found, _is_coloured(), shutil.get_terminal_size((WIDEST, 24)).columns))
+
+
+def _found(arguments: argparse.Namespace) -> tuple[Document | Reject, list[Document]]:
+    """The record that is asked for, and the first documents, which a tokenizer can be trained on."""
+    documents: list[Document] = []
+    found: Document | Reject | None = None
+    number = 0
+    for number, record in enumerate(_records(arguments), start=1):
+        found = record if number == arguments.record else found
+        if number <= SAMPLE_RECORDS and isinstance(record, Document):
+            documents.append(record)
+        if number >= arguments.record and (arguments.tokenizer or number >= SAMPLE_RECORDS):
+            break
+    if found is None:
+        raise UsageError(f"--record {arguments.record}: {arguments.file} has {number:,}")
+    return found, documents or [found] if isinstance(found, Document) else documents
 
 
 def _records(arguments: argparse.Namespace) -> Iterator[Document | Reject]:

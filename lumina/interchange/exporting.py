@@ -17,6 +17,7 @@ import numpy as np
 
 from lumina.architecture import layer_kinds
 from lumina.config import TOKENIZER, Config, DataConfig, save
+from lumina.conversation import TEMPLATES
 from lumina.data import held_out_texts
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange import huggingface, safe_tensors, tokenizer_json, verify
@@ -89,9 +90,9 @@ def write(
         directory, sizes, lambda name: huggingface.to_theirs(pieces[name], named[pieces[name].ours]), shard_bytes
     )
     write_json(directory / "config.json", huggingface.config_json(model, form, positions, control))
-    ends = [control["<|document_end|>"], control["<|turn_end|>"]]
+    ends = [control["<|document_end|>"], control[TEMPLATES[config.data.template].end]]
     write_json(directory / "generation_config.json", {"eos_token_id": ends, "pad_token_id": control["<|padding|>"]})
-    chat = tokenizer_json.write(directory, tokenizer, positions)
+    chat = tokenizer_json.write(directory, tokenizer, positions, config.data.template)
     tokenizer.save(directory / TOKENIZER)  # for `lumina import`: transformers' files do not say all
     notes = []
     if config.model.moe.dispatch == "capacity" and any(kind.startswith("moe") for kind in layer_kinds(model)):
@@ -123,7 +124,9 @@ def check(
     return {
         "text": {"source": source, "rows": rows_NT.shape[0], "positions": rows_NT.shape[1]},
         "logits": verify.compare_models(ours, theirs, rows_NT, say),
-        "tokenizer": verify.compare_ids(verify.load_tokenizer(directory), tokenizer, [*pieces, *verify.HARD_TEXTS], chat),
+        "tokenizer": verify.compare_ids(
+            verify.load_tokenizer(directory), tokenizer, [*pieces, *verify.HARD_TEXTS], chat, config.data.template
+        ),
         "versions": verify.versions(),
     }
 

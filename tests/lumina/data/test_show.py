@@ -1,12 +1,11 @@
 """`lumina data show`: the tokens of a record, which of them are learned, and what is said of a record that is none."""
 
-import argparse
 import json
 
 import pytest
 
+from lumina import cli
 from lumina.conversation import TEMPLATES, parse, render
-from lumina.data import commands, show
 from lumina.data.records import Turn
 from lumina.errors import ConfigError, UsageError
 from lumina.tokenizer import load_tokenizer, train_bpe
@@ -30,10 +29,7 @@ def places(tmp_path_factory):
 @pytest.fixture
 def told(places, capsys):
     def run(*options):
-        parser = argparse.ArgumentParser()
-        show.add(parser)
-        commands.add_recipe(parser)
-        show.tell(parser.parse_args([str(places / "chats.jsonl"), *options]))
+        cli.run(["data", "show", str(places / "chats.jsonl"), *options])
         return capsys.readouterr().out
 
     return run
@@ -114,12 +110,9 @@ def test_what_cannot_be_shown_is_refused(told):
 
 def test_long_records_are_printed_in_part_and_told_so(tmp_path, capsys):
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "Why?", "response": "ab " * 2000}), encoding="utf-8")
-    parser = argparse.ArgumentParser()
-    show.add(parser)
-    commands.add_recipe(parser)
     tokenizer = train_bpe([], 262)
     tokenizer.save(tmp_path / "bytes")
-    show.tell(parser.parse_args([str(tmp_path / "long.jsonl"), "--tokenizer", str(tmp_path / "bytes")]))
+    cli.run(["data", "show", str(tmp_path / "long.jsonl"), "--tokenizer", str(tmp_path / "bytes")])
     text = capsys.readouterr().out
     assert "  ... 5,009 more tokens; --json has all" in text
     assert max(map(len, text.splitlines())) <= 128

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -266,3 +267,14 @@ def test_the_command_tells_what_it_verified(tmp_path, capsys):
 def test_the_data_is_that_of_the_run(tmp_path):
     _, _, told, _ = exported(tmp_path, "llama")
     assert told["text"] == {"source": DATA.source, "rows": 4, "positions": T}
+
+
+def test_the_template_of_the_run_is_exported(tmp_path):
+    form, model = family("llama scaled")
+    run_of(tmp_path / "run", model, data=replace(DATA, template="instruct"))
+    told = exporting.export(tmp_path / "run", form, tmp_path / "out", False, quiet)
+    assert told["tokenizer"]["chat_equal"]
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    messages = [{"role": "user", "content": "hi"}]
+    text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == "### Instruction:\nhi<|turn_end|>\n\n### Response:\n"
