@@ -12,6 +12,7 @@ from lumina.data.quality import Quality
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document
 from lumina.data.redaction import Redact
+from lumina.errors import UsageError
 
 
 class Step(Protocol):
@@ -113,6 +114,10 @@ class Length:
 
     def __init__(self, recipe: Recipe):
         self._least, self._most = recipe.min_characters, recipe.max_characters
+        if self._least < 0 or self._most < 0 or 0 < self._most < self._least:
+            raise UsageError(
+                f"--min_characters = {self._least}, --max_characters = {self._most}: no text is between; 0 is no upper bound"
+            )
 
     def __call__(self, document: Document) -> Document | str:
         if len(document.text) < self._least:

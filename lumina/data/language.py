@@ -27,7 +27,7 @@ def detect(text: str) -> tuple[str, float]:
     sample = _sample(text)
     if not any(map(str.isalpha, sample)):
         return UNDETERMINED, 0.0
-    code, probability = _model().classify(sample)
+    code, probability = language_model().classify(sample)
     return _SAME.get(code, code), float(probability)
 
 
@@ -43,7 +43,7 @@ class Language:
     def __init__(self, recipe: Recipe):
         self._kept = {code.strip() for code in recipe.languages.split(",") if code.strip()}
         self._least = recipe.language_score
-        known = {_SAME.get(code, code) for code in _model().labels}
+        known = {_SAME.get(code, code) for code in language_model().labels}
         if unknown := sorted(self._kept - known):
             raise UsageError(f"--languages: {unknown[0]!r} is not known; use ISO 639-1 codes such as en,de, or {UNDETERMINED}")
         if not self._kept:
@@ -64,6 +64,6 @@ def _sample(text: str) -> str:
 
 
 @cache
-def _model() -> Any:
+def language_model() -> Any:
     langid = need("py3langid.langid", "--steps language")
     return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE, norm_probs=True)

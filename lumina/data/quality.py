@@ -54,7 +54,7 @@ class Quality:
     name = "quality"
 
     def __init__(self) -> None:
-        need("py3langid", "--steps quality")
+        need("py3langid.langid", "--steps quality")
 
     def __call__(self, document: Document) -> Document | str:
         return fault(document.text, document.kind) or document
