@@ -1,0 +1,32 @@
+"""Small files of texts and of conversations, for runs that read both."""
+
+import json
+
+WORDS = "add sort find join move read scale shift split sum trim mix".split()
+
+
+def texts(path, count=60):
+    """A .jsonl of short texts; returns its name."""
+    lines = [{"text": " ".join(WORDS[(n * k) % 12] for k in range(1, 9 + n % 30)) + f" {n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def chats(path, count=60):
+    """A .jsonl of conversations in which an assistant repeats a word in capitals; returns its name."""
+    lines = []
+    for n in range(count):
+        turns = []
+        for k in range(1 + n % 3):
+            word = WORDS[(n + 5 * k) % 12]
+            turns += [{"role": "user", "content": f"say {word} {n}"}, {"role": "assistant", "content": word.upper()}]
+        lines.append({"messages": turns})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def preferences(path, count=40):
+    """A .jsonl of preferences; returns its name."""
+    lines = [{"prompt": f"say {n}", "chosen": f"well: {n}", "rejected": f"no {n * n}"} for n in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
