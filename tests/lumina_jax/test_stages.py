@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 import lumina.runs.loop
-import lumina_jax.device
 from lumina.errors import DataError
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
@@ -23,6 +22,8 @@ from tests.lumina_jax.tiny import tiny
 
 SHORT, LONG = 16, 32
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
@@ -32,11 +33,6 @@ def files(tmp_path_factory):
         chats=chats(path / "chats.jsonl"),
         preferences=preferences(path / "preferences.jsonl"),
     )
-
-
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch):
-    monkeypatch.setattr(lumina_jax.device, "matmul_peak", lambda dtype: 1e12)
 
 
 def config(source, steps=9, **data):
@@ -63,9 +59,7 @@ def train(settings, run, code=0):
 
 @pytest.fixture(scope="module")
 def whole(files, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lumina_jax.device, "matmul_peak", lambda dtype: 1e12)
-        return train(staged(files), RunDirectory(tmp_path_factory.mktemp("runs") / "whole"))
+    return train(staged(files), RunDirectory(tmp_path_factory.mktemp("runs") / "whole"))
 
 
 def test_each_row_length_compiles_once(whole):
@@ -149,9 +143,7 @@ def test_a_run_stopped_at_and_around_its_boundaries_goes_on_with_the_same_bits(w
 
 @pytest.fixture(scope="module")
 def base(files, tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lumina_jax.device, "matmul_peak", lambda dtype: 1e12)
-        return train(config(files.texts, steps=6), RunDirectory(tmp_path_factory.mktemp("runs") / "base"))
+    return train(config(files.texts, steps=6), RunDirectory(tmp_path_factory.mktemp("runs") / "base"))
 
 
 def tuning(files, base, **data):

@@ -19,7 +19,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 import lumina
 import lumina.runs.loop
@@ -50,6 +49,8 @@ ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 9, 3
 TIMINGS = {"tokens_per_second", "peak_fraction"}
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 def config(**changes):
     """A run of 9 steps that evaluates and keeps a checkpoint every 3."""
@@ -57,27 +58,6 @@ def config(**changes):
     made.data.source, made.checkpoint.every, made.mesh.data = "synthetic", EVERY, 1
     made.monitor.log_every, made.monitor.sample_every, made.monitor.sample_tokens = 1, 4, 6
     return made
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """All runs here, in this process and in others, share what they compile; none measures the machine."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
-        compilation_cache.reset_cache()
-        patch.setattr(lumina_jax.device, "matmul_peak", lambda dtype: 1e12)
-        yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
