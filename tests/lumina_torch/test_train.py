@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ from lumina.interchange.state import load
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
+from lumina.runs.text import open_corpora, read
 from lumina_torch.train import train_and_evaluate
+from tests.lumina.corpora import chats, texts
 from tests.lumina.interchange.states import assert_same, every_kind, make_directory
 from tests.waiting import GIVES_UP, until
 
@@ -438,3 +441,24 @@ def test_importing_all_of_lumina_torch_loads_no_jax():
     loaded = {name.partition(".")[0] for name in done.stdout.split()}
     assert "lumina_torch.train" in modules
     assert not loaded & {"jax", "flax", "optax", "orbax", "lumina_jax", "grain"}
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+
+def test_stages_of_another_length_and_mixture_are_trained_on_and_told_of(tmp_path):
+    text, talk, run = texts(tmp_path / "texts.jsonl"), chats(tmp_path / "chats.jsonl"), RunDirectory(tmp_path / "run")
+    settings = config(steps=6, eval_every=0)
+    settings.data.source, settings.data.sequence_length, settings.data.held_out = text, 32, 0.2
+    settings.data.stages = f"3 x 16: {text}; {text}@1, {talk}@1"
+    settings.monitor.sample_prompt = "s"
+    assert train_and_evaluate(settings, run.path) == 0
+    records = [record for record in read_json_lines(run.metrics) if record["kind"] == "train"]
+    assert [(record["stage"], record["sequence_length"]) for record in records] == [(1, 16)] * 3 + [(2, 32)] * 3
+    assert [record.get(f"mixture/{talk}") for record in records[3:]] == [0.5] * 3
+    assert [event["step"] for event in read_json_lines(run.events) if event["event"] == "stage"] == [4]
+    course = read(settings, open_corpora(settings, lambda line: None), ((0,), 1)).train
+    rows = [sha256(course.row_numbers(step).astype("<i8").tobytes()).hexdigest()[:16] for step in range(6)]
+    assert [record["rows"] for record in read_json_lines(run.ledger) if "rows" in record] == rows
+    found = json.loads(run.result.read_text())["held_out"]
+    assert found["tokens"] == sum(of["tokens"] for of in found["sources"].values())

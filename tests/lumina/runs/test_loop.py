@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 
 from lumina.config import Config
+from lumina.data.mixture import Course, Leg, Table, Turns
 from lumina.data.rows import Batches, Rows
-from lumina.errors import CheckpointError, DataError, DoNotRetryError
+from lumina.errors import CheckpointError, ConfigError, DataError, DoNotRetryError
 from lumina.runs.console import Console
 from lumina.runs.directory import Events, RunDirectory
 from lumina.runs.health import STOPPING
 from lumina.runs.journal import read_json_lines
+from lumina.runs.ledger import compare_ledgers, read_ledger
 from lumina.runs.loop import Backend, Loop
+from lumina.stages import stages
 
 T, NUM_ROWS = 2, 500
 
@@ -125,11 +128,17 @@ class World:
             processes=self.processes,
             writes=self.writes,
         )
-        batches = Batches(Rows(self.stream, T, -1), self.config.train.batch_size, seed=0)
         console = Console(self.config.train.steps, self.stderr)
         events = Events(self.run if self.writes else None, console.say)
         restored, prints = self.saving.restore(), {"config": "abc"}
-        return Loop(self.config, self.run, backend, batches, self.saving, restored, console, events, prints, 1e12)
+        return Loop(self.config, self.run, backend, self.batches(), self.saving, restored, console, events, prints, 1e12)
+
+    def batches(self):
+        rows, size = Rows(self.stream, T, -1), self.config.train.batch_size
+        if not self.config.data.stages:
+            return Batches(rows, size, seed=0)
+        planned = stages(self.config)
+        return Course([Table(0, rows)], [Leg(stage.steps, (0,), Turns([1])) for stage in planned], size, seed=0)
 
     def go(self, **changes):
         self.set(**changes)
@@ -552,3 +561,47 @@ def test_a_checkpoint_that_fails_on_the_way_stops_nothing(world):
     world.saving.fails = {3}
     assert world.go() == "finished"
     assert sorted(world.saving.kept) == [6, 8]
+
+
+# ------------------------------------------------------------------------------------------------------------ stages
+
+STAGES = "4: stdlib; stdlib"  # a second stage from step 5 on
+
+
+def stage_lines(world):
+    return [record["step"] for record in read_json_lines(world.run.ledger) if "stage" in record]
+
+
+def test_a_stage_that_begins_is_said_and_an_event(world):
+    assert world.go(data__stages=STAGES) == "finished"
+    (event,) = [event for event in read_json_lines(world.run.events) if event["event"] == "stage"]
+    assert (event["step"], event["says"] in world.stderr.getvalue()) == (5, True)
+    assert stage_lines(world) == [5]
+    assert world.last.rows == world.rows(16)
+
+
+def test_a_rewind_over_a_boundary_tells_of_the_stage_once_more_and_leaves_one_line(world):
+    rewinding = {"guard__spike_action": "rewind", "guard__spike_sigmas": 1.0}
+    assert world.go(data__stages=STAGES, losses={5: 1000.0}, **rewinding) == "finished"
+    assert [record["step"] for record in read_json_lines(world.run.events) if record["event"] == "rewound"] == [3]
+    assert stage_lines(world) == [5]
+    state, _ = read_ledger(read_json_lines(world.run.ledger))
+    assert (state.wrong(), state.last) == ([], 8)
+
+
+def test_a_run_stopped_at_a_boundary_has_the_line_of_its_next_stage_from_when_it_goes_on(world):
+    stop = {4: lambda: os.kill(os.getpid(), signal.SIGTERM)}
+    assert world.go(data__stages=STAGES, at=stop) == "stopped"
+    assert stage_lines(world) == []
+    whole = World(world.run.path / "whole")
+    whole.run.path.mkdir()
+    whole.go(data__stages=STAGES)
+    assert world.go(at={}) == "finished"
+    assert stage_lines(world) == [5]
+    assert compare_ledgers(read_json_lines(world.run.ledger), read_json_lines(whole.run.ledger)).identical
+
+
+def test_another_batch_size_is_refused_in_a_run_of_stages(world):
+    world.go(data__stages=STAGES, train__steps=6, checkpoint__every=3)
+    with pytest.raises(ConfigError, match=r"train.batch_size = 4: 12 rows were read in 6 steps of another size"):
+        world.go(train__batch_size=4, train__steps=8)

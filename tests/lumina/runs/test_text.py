@@ -1,0 +1,141 @@
+"""What a run reads of real corpora: rows of texts and of conversations, and what of them is learned."""
+
+import numpy as np
+import pytest
+
+from lumina.config import Config, validate
+from lumina.data.rows import PackedRows, Rows
+from lumina.errors import DataError
+from lumina.runs.directory import RunDirectory
+from lumina.runs.evaluation import figures_by_source, held_out_figures
+from lumina.runs.text import corpora_of, manifest, open_corpora, read
+from tests.lumina.corpora import WORDS, chats, texts
+
+V, T, ALONE = 300, 32, ((0,), 1)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("files")
+    texts(path / "texts.jsonl")
+    chats(path / "chats.jsonl")
+    return path
+
+
+def config(path, **data):
+    made = Config()
+    made.model.vocab_size, made.train.batch_size, made.train.steps, made.optim.warmup_steps = V, 4, 50, 0
+    made.data.sequence_length, made.data.held_out, made.data.cache_dir = T, 0.2, str(path / "cache")
+    made.data.source = f"{path}/texts.jsonl@3, {path}/chats.jsonl@1"
+    for name, value in data.items():
+        setattr(made.data, name, value)
+    return validate(made)
+
+
+def quiet(line):
+    pass
+
+
+def text_of(path, **data):
+    made = config(path, **data)
+    return read(made, open_corpora(made, quiet), ALONE)
+
+
+def learned(text, batches):
+    """The texts of the targets that count, of all rows in order, and their weights."""
+    found = [(batch["targets"], batch["weights"]) for batch in batches]
+    targets, weights = (np.concatenate(each) for each in zip(*found, strict=True))
+    return text.tokenizer.decode_bytes(targets[weights > 0]).decode(), targets, weights
+
+
+def test_all_sources_share_a_tokenizer_and_texts_are_chunks_and_conversations_packed(path):
+    text = text_of(path)
+    first, second = text.corpora.values()
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint == text.tokenizer.fingerprint
+    assert [type(table.rows) for table in text.train.rows.tables] == [Rows, PackedRows]
+    assert [type(each.rows) for each in text.held_out.values()] == [Rows, PackedRows]
+
+
+def test_texts_are_packed_where_the_config_says_so(path):
+    text = text_of(path, source=f"{path}/texts.jsonl", rows="packed")
+    (table,) = text.train.rows.tables
+    _, _, weights = learned(text, [table.rows.gather(np.arange(len(table.rows)))])
+    (corpus,) = text.corpora.values()
+    assert isinstance(table.rows, PackedRows)
+    assert set(np.unique(weights)) <= {0, 1}
+    assert weights.sum() == corpus.train.num_tokens - (len(corpus.documents("train")) - 1)  # all but each document's first
+
+
+def test_of_conversations_the_assistants_words_and_turn_ends_are_learned_and_nothing_else(path):
+    text = text_of(path, source=f"{path}/chats.jsonl")
+    (table,) = text.train.rows.tables
+    said, targets, weights = learned(text, [table.rows.gather(np.arange(len(table.rows)))])
+    assert said.isupper()
+    assert set(said) <= set("".join(WORDS).upper())
+    end = text.tokenizer.control["<|turn_end|>"]
+    (corpus,) = text.corpora.values()
+    roles = corpus.roles("train").read(0, corpus.train.num_tokens)
+    assert np.sum((targets == end) & (weights > 0)) == np.sum((corpus.train.read(0, len(roles)) == end) & (roles == 3))
+    assert np.sum(weights > 0) == np.sum(roles == 3)
+
+
+def test_weights_of_roles_are_those_of_training_and_held_out_tokens_count_as_one(path):
+    text = text_of(path, source=f"{path}/chats.jsonl", loss_weights="assistant=1.5,user=0.5")
+    (table,), (held_out,) = text.train.rows.tables, text.held_out.values()
+    _, _, weights = learned(text, [table.rows.gather(np.arange(len(table.rows)))])
+    assert set(np.unique(weights)) == {0, 0.5, 1.5}
+    said, _, weights = learned(text, held_out.evaluation())
+    assert set(np.unique(weights)) == {0, 1}
+    assert "say" in said
+
+
+def test_how_documents_were_packed_is_told_once_for_each_source_and_length(path):
+    told, made = [], config(path, stages=f"10 x 16: {path}/texts.jsonl; 10: {path}/chats.jsonl; {path}/chats.jsonl")
+    read(made, open_corpora(made, quiet), ALONE, told.append)
+    assert len(told) == 1
+    assert told[0].startswith(f"{path}/chats.jsonl: ")
+    assert "packed rows" in told[0]
+
+
+def test_another_reading_maps_the_plan_that_the_first_made(path, monkeypatch):
+    text_of(path)
+    monkeypatch.setattr("lumina.runs.text.plan", lambda *arguments: pytest.fail("planned again"))
+    text_of(path)
+
+
+def test_the_fingerprint_is_of_all_sources(path):
+    both, one = (manifest(open_corpora(config(path, **data), quiet)) for data in ({}, {"source": f"{path}/texts.jsonl"}))
+    (other,) = both["others"].values()
+    assert len({both["fingerprint"], other["fingerprint"], one["fingerprint"]}) == 3
+    assert "others" not in one
+
+
+def test_the_corpora_of_a_run_are_opened_with_its_tokenizer_and_must_be_the_same(path, tmp_path):
+    made, run = config(path), RunDirectory(tmp_path)
+    corpora = open_corpora(made, quiet)
+    run.record(made, manifest(corpora), next(iter(corpora.values())).tokenizer)
+    found = corpora_of(run, made, quiet)
+    assert manifest(found)["fingerprint"] == manifest(corpora)["fingerprint"]
+    with pytest.raises(DataError, match="was trained on other data than data.source"):
+        corpora_of(run, config(path, held_out=0.3), quiet)
+
+
+# ------------------------------------------------------------------------------------------------------- evaluation
+
+
+def sums(loss, weight, count):
+    return {"loss": loss, "correct": weight / 2, "weight": weight, "text_bytes": count, "taken_L": np.zeros(0)}
+
+
+def test_figures_over_sources_are_weighted_by_tokens():
+    totals = {"a": [sums(20.0, 10.0, 30), sums(10.0, 5.0, 15)], "b": [sums(3.0, 3.0, 5)]}
+    found = figures_by_source(totals)
+    assert (found["loss"], found["tokens"], found["bytes"]) == (33 / 18, 18, 50)
+    assert (found["sources"]["a"]["loss"], found["sources"]["b"]["loss"]) == (2.0, 1.0)
+    assert "sources" not in figures_by_source({"a": totals["a"]})
+
+
+def test_held_out_rows_in_which_nothing_counts_have_no_loss_and_no_tokens():
+    found = held_out_figures([sums(0.0, 0.0, 0)])
+    assert np.isnan(found["loss"])
+    assert found["tokens"] == 0
