@@ -65,18 +65,6 @@ def _check_types(config: Any, prefix: str) -> None:
             _require(math.isfinite(value), name, value, "must be finite")
 
 
-def _check_conversations(template: str, weights: str) -> None:
-    from lumina.conversation import TEMPLATES, loss_weights  # here, because it imports numpy
-
-    _require(
-        template in TEMPLATES, "data.template", template, f"must be one of {', '.join(TEMPLATES)}{nearest(template, TEMPLATES)}"
-    )
-    try:
-        loss_weights(weights)
-    except ConfigError as error:
-        raise ConfigError(f"data.{error}") from error
-
-
 def validate(config: "Config") -> "Config":
     """Return `config`, or raise a ConfigError that names the field, its value and what would be right."""
     _check_types(config, "")
@@ -199,7 +187,6 @@ def validate(config: "Config") -> "Config":
     _require(0 < d.held_out < 1, "data.held_out", d.held_out, "must be between 0 and 1")
     _require(0 < d.ratio < 1, "data.ratio", d.ratio, "must be between 0 and 1")
     stages_of(config)  # refuses those that cannot be
-    _check_conversations(d.template, d.loss_weights)
     _require(
         t.batch_size % t.micro_batches == 0,
         "train.batch_size",

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumina.config import Config, DataConfig
+from lumina.conversation import USER, loss_weights, named
 from lumina.data import Corpus, prepare_all
 from lumina.data.mixture import Course, Leg, Table, Turns
 from lumina.data.packing import FORMAT, kept, plan
 from lumina.data.rows import Batches, PackedRows, Rows, RowSet
-from lumina.errors import DataError
+from lumina.errors import ConfigError, DataError
 from lumina.runs.directory import RunDirectory
 from lumina.stages import Stage, sources, stages
 from lumina.tokenizer import Tokenizer
@@ -37,7 +38,15 @@ class Text(NamedTuple):
 
 
 def open_corpora(config: Config, progress: Callable[[str], None]) -> dict[str, Corpus]:
-    """The corpora of all stages by source, from the cache or prepared now. Raises as `lumina.data.prepare_all`."""
+    """The corpora of all stages by source, from the cache or prepared now.
+
+    Raises:
+        ConfigError: there is no such template or weight of a role; and as `lumina.data.prepare_all`.
+    """
+    try:
+        named(config.data.template), loss_weights(config.data.loss_weights)
+    except ConfigError as error:
+        raise ConfigError(f"data.{error}") from error
     names = sources(config)
     return dict(zip(names, prepare_all(names, config.data, config.model.vocab_size, progress), strict=True))
 
@@ -123,8 +132,6 @@ def rows_of(
     documents, roles = corpus.documents(side), corpus.roles(side) if corpus.kind == "conversation" else None
     turns, weights = None, None
     if roles is not None:
-        from lumina.conversation import loss_weights
-
         turns, weights = corpus.turns(side), loss_weights(data.loss_weights)
         if side == "held_out":
             weights = (weights > 0).astype(np.float32)
@@ -141,8 +148,6 @@ def rows_of(
 
 def _is_user(codes: np.ndarray) -> bool:
     """Whether the codes of a turn are a user's: beside markers, all are of one role."""
-    from lumina.conversation import USER
-
     return int(codes.max(initial=0)) == USER
 
 

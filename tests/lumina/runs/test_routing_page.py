@@ -288,7 +288,7 @@ def test_the_page_of_a_run_without_checkpoints_or_data_says_so(run, capsys, monk
     def gone(*about):
         raise DataError("data.source = 'x': <gone>")
 
-    monkeypatch.setattr(routing_page, "prepare", gone)
+    monkeypatch.setattr(routing_page, "corpora_of", gone)
     directory = run()
     cli.run(["routing", str(directory)])
     said = capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_the_page_of_a_run_without_checkpoints_or_data_says_so(run, capsys, monk
 
 @needs_matplotlib
 def test_no_rows_need_neither_data_nor_checkpoint(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(routing_page, "prepare", never)
+    monkeypatch.setattr(routing_page, "corpora_of", never)
     cli.run(["routing", str(run(name="<i>a")), "--rows=0", "--out", str(tmp_path / "deep" / "out")])
     text = (tmp_path / "deep" / "out" / "index.html").read_text(encoding="utf-8")
     assert "<title>Routing of &lt;i&gt;a</title>" in text
@@ -310,7 +310,7 @@ def test_a_best_checkpoint_that_is_missing_is_an_error(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
     corpus = SimpleNamespace(manifest={}, fingerprint="x", tokenizer=None)
-    monkeypatch.setattr(routing_page, "prepare", lambda *about: corpus)
+    monkeypatch.setattr(routing_page, "corpora_of", lambda *about: {"stdlib": corpus})
     run = SimpleNamespace(check_same_data=lambda data: None, tokenizer=tmp_path / "tokenizer")
 
     def broken(*about):

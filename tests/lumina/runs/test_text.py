@@ -5,7 +5,7 @@ import pytest
 
 from lumina.config import Config, validate
 from lumina.data.rows import PackedRows, Rows
-from lumina.errors import DataError
+from lumina.errors import ConfigError, DataError
 from lumina.runs.directory import RunDirectory
 from lumina.runs.evaluation import figures_by_source, held_out_figures
 from lumina.runs.text import corpora_of, manifest, open_corpora, read
@@ -87,6 +87,18 @@ def test_weights_of_roles_are_those_of_training_and_held_out_tokens_count_as_one
     said, _, weights = learned(text, held_out.evaluation())
     assert set(np.unique(weights)) == {0, 1}
     assert "say" in said
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"template": "chatlm"}, r"data\.template 'chatlm': there is none of that name; use lumina"),
+        ({"loss_weights": "assistent=1"}, r"data\.loss_weights = 'assistent=1': 'assistent' is no role"),
+    ],
+)
+def test_a_template_or_role_that_there_is_not_is_refused_before_anything_is_read(path, data, says):
+    with pytest.raises(ConfigError, match=says):
+        open_corpora(config(path, source="gone.txt", **data), quiet)
 
 
 def test_how_documents_were_packed_is_told_once_for_each_source_and_length(path):
