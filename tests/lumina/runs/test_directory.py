@@ -9,7 +9,7 @@ import pytest
 
 from lumina.config import Config, from_dict, load, save, to_dict
 from lumina.errors import ConfigError, DataError, UsageError
-from lumina.runs.directory import MAY_CHANGE, Events, RunDirectory, config_fingerprint
+from lumina.runs.directory import MAY_CHANGE, Events, RunDirectory, config_changes, config_fingerprint, deciding
 from lumina.runs.journal import read_json_lines
 
 DATA = {"fingerprint": "a" * 64}
@@ -373,3 +373,11 @@ def test_without_a_run_an_event_is_only_shown(tmp_path):
     said = []
     Events(None, said.append).write("stopped", 7, "stops at step 7")
     assert said == ["stops at step 7"]
+
+
+def test_more_steps_move_the_stages_of_a_hybrid_and_those_of_no_other_mode():
+    for mode, moves in (("hybrid", True), ("interleaved", False), ("base_only", False)):
+        before, now = Config(), Config()
+        before.data.mode = now.data.mode = mode
+        now.train.steps = 2000
+        assert bool(deciding(config_changes(before, now), now)) == moves

@@ -57,6 +57,36 @@ def test_weights_begin_at_step_0_without_progress(source, run):
     assert "progress" not in manifest
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "part"),
+    [
+        ("source", "docstrings", "weights"),
+        ("mode", "interleaved", "weights"),
+        ("stages", "20: synthetic; docstrings", "weights"),
+        ("loss_weights", "assistant=2", "weights"),
+        ("workers", 2, "state"),
+    ],
+)
+def test_of_itself_a_run_on_other_data_begins_from_weights_and_else_from_the_state(source, run, field, value, part):
+    config = asking(source.path, "auto")
+    setattr(config.data, field, value)
+    assert Origin.of(config, run).record["part"] == part
+
+
+def test_of_itself_a_run_begins_from_weights_that_are_all_there_is(tmp_path, run):
+    directory = make_directory(tmp_path / "weights", every_kind(), State(0, random_state(every_kind(), 6).weights))
+    assert Origin.of(asking(directory, "auto"), run).record["part"] == "weights"
+
+
+def test_the_tokenizer_is_that_of_the_run_once_it_has_one_and_before_that_of_the_origin(source, run):
+    origin = Origin.of(asking(source.path), run)
+    assert origin.tokenizer(run) is None
+    source.tokenizer.mkdir(exist_ok=True)
+    assert origin.tokenizer(run) == source.tokenizer
+    run.tokenizer.mkdir(parents=True)
+    assert origin.tokenizer(run) == run.tokenizer
+
+
 def test_the_step_is_the_one_it_began_from_whatever_the_source_does_later(source, run):
     origin = Origin.of(asking(source.path), run)
     add_step(source, random_state(every_kind(), 8))
