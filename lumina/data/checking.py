@@ -21,7 +21,7 @@ from lumina.data.readers import Plan, Unit, plan, spool
 from lumina.data.recipe import Recipe, add_recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn, place
 from lumina.data.scoring import LONGEST, SHORTEST, score
-from lumina.data.statistics import disorder, five_numbers, languages, most_first, role_balance
+from lumina.data.statistics import five_numbers, languages, most_first, repeats, role_balance
 from lumina.data.tokenise import Account, cleaned
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console, printable, table
@@ -134,7 +134,7 @@ class _Looked:
         self._sample: list[tuple[float, int, Document]] = []  # a heap, the one that falls highest first
         self._sampled = 0
         self._lengths: Counter[int] = Counter()  # turns of a conversation
-        self._disorder: Counter[str] = Counter()
+        self._answers = array("Q")  # 8 bytes of the last turn of each conversation
         self._turns: Counter[str] = Counter()
         self._characters: Counter[str] = Counter()
         self._similar = _Similar(recipe)
@@ -162,13 +162,12 @@ class _Looked:
         said = document.text
         self.kinds[document.kind] += 1
         self._sizes.append(len(said))
-        self._keys.append(int.from_bytes(exact_key(document)[:8], "little"))
+        self._keys.append(_key(document))
         self.fair += len(said) <= LONGEST and (document.kind != TEXT or len(said) >= SHORTEST)
         self.damaged += REPLACEMENT in said
         if document.turns:
             self._lengths[len(document.turns)] += 1
-            if what := disorder(document):
-                self._disorder[what] += 1
+            self._answers.append(_key(Document("", document.turns[-1].text)))
             for role, words in (*document.turns, *document.rejected):
                 self._turns[role] += 1
                 self._characters[role] += len(words)
@@ -182,7 +181,7 @@ class _Looked:
     @property
     def sizes(self) -> np.ndarray:
         """Characters of each document: int64 [documents]."""
-        return np.frombuffer(self._sizes, np.int64) if self._sizes else np.empty(0, np.int64)
+        return _array(self._sizes, np.int64)
 
     def sample(self) -> list[Document]:
         """Documents chosen by nothing but their text, in order."""
@@ -190,10 +189,11 @@ class _Looked:
 
     def turns(self) -> dict[str, Any]:
         """Figures of the conversations."""
+        answers = _array(self._answers, np.uint64)
         lengths = np.repeat(list(self._lengths), list(self._lengths.values())).astype(np.int64)
         return {
             "conversations": sum(self._lengths.values()),
-            "disorder": most_first(self._disorder),
+            "repeated_answers": int((repeats(answers) != np.arange(answers.size)).sum()),
             "a_conversation": five_numbers(lengths),
             "roles": role_balance(self._turns, self._characters),
         }
@@ -211,9 +211,7 @@ class _Looked:
 
     def earlier(self) -> np.ndarray:
         """Of each document the number of the first one that is equal to it: int64 [documents]."""
-        keys = np.frombuffer(self._keys, np.uint64) if self._keys else np.empty(0, np.uint64)
-        _, first, which = np.unique(keys, return_index=True, return_inverse=True)
-        return first[which] if keys.size else np.empty(0, np.int64)
+        return repeats(_array(self._keys, np.uint64))
 
     def chosen(self) -> dict[int, Document]:
         """Documents that are shown or are examples of duplicates, by number; their units are read again."""
@@ -241,6 +239,14 @@ class _Looked:
         exact = {"documents": int((self.earlier() != np.arange(self.count)).sum()), "examples": named_as(self._repeats)}
         near = {"documents": similar.found, "compared": similar.compared, "examples": named_as(similar.examples)}
         return {"exact": exact, "near": near | {"left_out": similar.left_out}}
+
+
+def _key(document: Document) -> int:
+    return int.from_bytes(exact_key(document)[:8], "little")
+
+
+def _array(values: "array[int]", dtype: type) -> np.ndarray:
+    return np.frombuffer(values, dtype) if values else np.empty(0, dtype)
 
 
 class _Similar:
@@ -407,7 +413,7 @@ def text(found: dict[str, Any]) -> str:
     rows.append(("quality", _counted(found["quality"], "faults", sample["documents"], part) or f"no rule is broken in {part}"))
     rows += _turns_told(found["turns"])
     parts = found["score"]["parts"]
-    rows.append(("score", "not measured" if found["score"]["score"] is None else f"{found['score']['score']:.0f} of 100"))
+    rows.append(("score", "not measured" if found["score"]["score"] is None else f"{found['score']['score']:.1f} of 100"))
     rows += [("", f"{100 * each['share']:5.1f}%  x {each['weight']}  {each['name']}: {each['formula']}") for each in parts]
     rows.append(("", f"= {found['score']['formula']}"))
     return "\n\n".join([*map(_sample_told, found["samples"]), table(rows)])
@@ -439,11 +445,14 @@ def _turns_told(turns: dict[str, Any]) -> list[tuple[str, str]]:
         f"{role}: {about['turns']:,} turns, {100 * about['share']:.1f}% of the characters"
         for role, about in turns["roles"].items()
     ]
-    odd = [f"{_count(count, 'conversation')}: {what}" for what, count in turns["disorder"].items()]
+    same = turns["repeated_answers"]
     return [
         ("turns", f"{of['min']} | {of['median']} | {of['max']} a conversation (least, median, most)"),
         ("roles", "\n".join(roles)),
-        ("order", "\n".join(odd) or "user and assistant take turns in every conversation"),
+        (
+            "answers",
+            f"{_count(same, 'conversation')} ({_percent(same, turns['conversations'])}) with the last answer of an earlier one",
+        ),
     ]
 
 

@@ -1,4 +1,4 @@
-"""How good a source is to train on, from 0 to 100: a weighted mean of shares, each with its weight and what it is a share of."""
+"""How good a source is to train on, from 0 to 100: a weighted mean of shares, each with its weight and its formula."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -42,8 +42,9 @@ def _parts(found: dict[str, Any]) -> Iterator[Part]:
     told = f"texts of {SHORTEST:,} to {LONGEST:,} characters, and conversations of at most that"
     yield Part("of fair length", 1, _share(found["characters"]["fair"], documents), told)
     yield Part("undamaged", 1, _rest(found["damaged"], documents), "documents without U+FFFD, which stands for lost characters")
-    told = "conversations in which user and assistant take turns and the assistant has the last word"
-    yield Part("orderly", 3, _rest(sum(found["turns"]["disorder"].values()), found["turns"]["conversations"]), told)
+    turns = found["turns"]
+    told = "conversations whose last answer is none of an earlier one"
+    yield Part("own answers", 2, _rest(turns["repeated_answers"], turns["conversations"]), told)
 
 
 def _share(part: int, whole: int) -> float | None:

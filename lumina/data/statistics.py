@@ -1,11 +1,10 @@
 """Figures of lengths, languages and conversations, the same for a file that is checked and a directory that is reported on."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from lumina.data.records import Document, Turn
 from lumina.errors import UsageError
 
 
@@ -49,27 +48,6 @@ def most_first(counts: dict[str, int]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
-def disorder(document: Document) -> str:
-    """What is odd about the turns of a conversation or preference, or "": an answer is learned where a question is before it."""
-    if document.rejected and document.rejected == document.turns:
-        return "chosen and rejected are the same"
-    return next(filter(None, map(_disorder, filter(None, (document.turns, document.rejected)))), "")
-
-
-def _disorder(turns: Sequence[Turn]) -> str:
-    roles = [turn.role for turn in turns]
-    roles = roles[1:] if roles[0] == "system" else roles
-    if "assistant" not in roles:
-        return "no answer"
-    if "system" in roles:
-        return "a system turn after the first turn"
-    if roles[0] != "user":
-        return "an answer before any question"
-    if any(one == next_ for one, next_ in zip(roles, roles[1:], strict=False)):
-        return "two turns of one role in a row"
-    return "" if roles[-1] == "assistant" else "no answer to the last question"
-
-
 def role_balance(turns: dict[str, int], characters: dict[str, int]) -> dict[str, dict[str, Any]]:
     """Turns, characters and the share of these, by role."""
     total = max(1, sum(characters.values()))
@@ -77,3 +55,9 @@ def role_balance(turns: dict[str, int], characters: dict[str, int]) -> dict[str,
         role: {"turns": turns[role], "characters": characters[role], "share": characters[role] / total}
         for role in sorted(turns)
     }
+
+
+def repeats(keys: np.ndarray) -> np.ndarray:
+    """Of each of N keys, the place of the first that is equal to it: int64 [N]."""
+    _, first, which = np.unique(keys, return_index=True, return_inverse=True)
+    return first[which].astype(np.int64) if keys.size else np.empty(0, np.int64)

@@ -11,9 +11,11 @@ import pytest
 from lumina import cli
 from lumina.config import Config, MoDConfig, ModelConfig, MoEConfig, save, validate
 from lumina.errors import CheckpointError, DataError, UsageError
+from lumina.runs import page as page_module
 from lumina.runs import routing_page, routing_plots
+from lumina.runs.page import Shown, visible
 from lumina.runs.routing import history_of
-from lumina.runs.routing_page import Shown, page, visible
+from lumina.runs.routing_page import page
 from lumina.runs.routing_plots import draw
 from lumina.runs.routing_text import HeldOut
 
@@ -100,7 +102,7 @@ def held_out(cfg, T=24):
 def _quick(monkeypatch):
     """Small plots, and a decoder for the tokenizer above."""
     monkeypatch.setattr(routing_plots, "DOTS", 30)
-    monkeypatch.setattr(routing_page, "StreamDecoder", Feeding)
+    monkeypatch.setattr(page_module, "StreamDecoder", Feeding)
 
 
 @pytest.fixture
