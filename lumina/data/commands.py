@@ -7,6 +7,8 @@ ACTIONS = {  # name -> module and what it does
     "prepare": ("preparing", "files, directories or datasets -> a directory of token shards to train on"),
     "show": ("show", "a record of a file as it is learned: turns, ids and loss weights"),
     "check": ("checking", "whether files can be trained on, and how good they are"),
+    "report": ("report_page", "a page on a prepared directory: lengths, sources, languages, duplicates, tokens, samples"),
+    "tokenizer": ("tokenizers", "train a tokenizer, and compare it with others on text it has not seen"),
 }
 
 
