@@ -22,7 +22,7 @@ from lumina.data.corpus import FORMAT, TOKENIZER, Corpus, is_prepared, open_corp
 from lumina.data.pipeline import Order, fill, require_fits, told, train_tokenizer
 from lumina.data.readers import Plan, plan, read
 from lumina.data.recipe import Recipe
-from lumina.data.records import Document, place
+from lumina.data.records import Document
 from lumina.data.rows import Batches, Rows
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
@@ -104,7 +104,7 @@ def held_out_texts(data: DataConfig) -> Iterator[str]:
         return (corpus.tokenizer.decode(corpus.held_out.read(start, end).tolist()) for start, end in ends)
     units = plan(_named(source), recipe).units
     records = (record for unit in units for record in read(unit, recipe))
-    return (each.text for each in records if isinstance(each, Document) and place(each.text) < data.held_out)
+    return (each.text for each in records if isinstance(each, Document) and each.place < data.held_out)
 
 
 def _named(source: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Conversations and preferences made of the docstrings of the running Python's library, which is parsed and never imported.
 
 What is asked of a function, and in which words, is decided by the sha256 of its name: the same on every machine that has the
-same library. All that is asked of it is one document, so that no side of a split knows the answers of the other.
+same library. What is asked of one docstring is a group, so that the held-out side is of functions that nobody has asked about.
 """
 
 import ast
@@ -80,7 +80,7 @@ def definitions() -> Iterator[Definition]:
 def conversations() -> Iterator[Document]:
     """A conversation of one or two rounds about each definition, some after a system turn."""
     for definition in definitions():
-        yield Document(f"docstrings:{definition.name}", turns=_conversation(definition))
+        yield Document(f"docstrings:{definition.name}", turns=_conversation(definition), group=definition.text)
 
 
 def preferences() -> Iterator[Document]:
@@ -92,7 +92,7 @@ def preferences() -> Iterator[Document]:
         asked = _asked(definition)
         rejected = _damaged(definition) if definition.number % GARBLED == 0 else _another(by_length, place[definition.name])
         chosen, wrong = ((*asked, Turn("assistant", text)) for text in (definition.text, rejected))
-        yield Document(f"preferences:{definition.name}", turns=chosen, rejected=wrong)
+        yield Document(f"preferences:{definition.name}", turns=chosen, rejected=wrong, group=definition.text)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions

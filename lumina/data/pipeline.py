@@ -13,7 +13,6 @@ from lumina.data import engines, merge
 from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
 from lumina.data.readers import Plan, plan
 from lumina.data.recipe import Recipe
-from lumina.data.records import place
 from lumina.data.shards import token_dtype
 from lumina.data.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
 from lumina.errors import ConfigError, DataError
@@ -175,7 +174,7 @@ def train_tokenizer(
             least = order.held_out
             for unit in planned.units:
                 for document in cleaned(unit, order.recipe, account):
-                    places.append(where := place(document.text))
+                    places.append(where := document.place)
                     if where >= least and (where - least) / (1 - least) <= share:
                         yield document.text
                 meter.add(unit.bytes, 0, len(places) - meter.documents)

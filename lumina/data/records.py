@@ -25,6 +25,7 @@ class Document:
     plain: str = ""  # the text of a document that is no conversation
     turns: tuple[Turn, ...] = ()  # a conversation; of a preference, the chosen one
     rejected: tuple[Turn, ...] = ()  # of a preference: the conversation that is not to be learned, with the same beginning
+    group: str = ""  # documents of a group are on one side of the held-out split; without one, those of the same text
 
     @property
     def kind(self) -> str:
@@ -34,6 +35,11 @@ class Document:
     def text(self) -> str:
         """All that it says, a blank line between turns: what filters, hashes and statistics look at."""
         return "\n\n".join(turn.text for turn in (*self.turns, *self.rejected)) if self.turns else self.plain
+
+    @property
+    def place(self) -> float:
+        """Where it falls in [0, 1); below the held-out fraction it is held out."""
+        return place(self.group or self.text)
 
     def mapped(self, change: Callable[[str], str]) -> "Document":
         """A copy with `change` applied to the text, or to that of each turn; itself where nothing changes."""

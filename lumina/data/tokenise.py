@@ -18,7 +18,7 @@ from lumina.data.cleaning import Step, steps
 from lumina.data.duplicates import exact_key, signature
 from lumina.data.readers import Unit, plan, read
 from lumina.data.recipe import Recipe
-from lumina.data.records import KINDS, PREFERENCE, TEXT, Document, Reject, place
+from lumina.data.records import KINDS, PREFERENCE, TEXT, Document, Reject
 from lumina.data.shards import token_dtype
 from lumina.errors import DataError
 from lumina.runs.steps import sync_directory, sync_files
@@ -252,7 +252,7 @@ class _Files:
                     rejected = self._write_turns(document, document.rejected)
             utf8 = document.text.encode("utf-8")
             record["tokens"], record["rejected"] = size + rejected, rejected
-            record["bytes"], record["characters"], record["place"] = len(utf8), len(document.text), place(document.text)
+            record["bytes"], record["characters"], record["place"] = len(utf8), len(document.text), document.place
             record["key"] = np.frombuffer(exact_key(document), "<u8")
             record["kind"] = KINDS.index(document.kind)
         if self.near:

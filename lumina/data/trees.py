@@ -4,6 +4,7 @@ Every line is accounted for. In a file of messages a line is a turn of a convers
 PASSED_OVER; in a file of whole trees a line is a conversation or a reject.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Union
 
@@ -148,12 +149,25 @@ def _node(name: str, value: Any, replies: Any) -> _Node:
         raise Fault("a message without a role")
     if not isinstance(text, str):
         raise Fault("a message without text")
-    rank = value.get("rank")
-    ranked = float(rank) if isinstance(rank, int | float) and rank >= 0 else float("inf")
-    deleted = value.get("deleted") is True or value.get("review_result") is False
+    # As JSON or a table has them, or as csv spells them.
+    deleted = str(value.get("deleted")).lower() == "true" or str(value.get("review_result")).lower() == "false"
     return _Node(
-        name, role_of(role), text, deleted, ranked, _labels(value.get("labels")), replies if isinstance(replies, list) else []
+        name,
+        role_of(role),
+        text,
+        deleted,
+        _rank(value.get("rank")),
+        _labels(value.get("labels")),
+        replies if isinstance(replies, list) else [],
     )
+
+
+def _rank(found: Any) -> float:
+    try:
+        rank = float(found)
+    except (TypeError, ValueError):
+        return math.inf
+    return rank if rank >= 0 else math.inf
 
 
 def _labels(labels: Any) -> float:

@@ -140,6 +140,13 @@ def test_preferences_reject_another_answer_to_the_same_question(made):
     assert sorted(ratios)[-len(ratios) // 20] < 1.1
 
 
+def test_what_is_asked_of_one_docstring_is_on_one_side_of_a_split(made):
+    talks, pairs = made
+    assert all(talk.place == pair.place for talk, pair in zip(talks, pairs, strict=True))
+    assert len({each.place for each in talks}) == len({each.turns[-1].text for each in pairs}) < len(talks)
+    assert 0.01 < sum(each.place < 0.02 for each in talks) / len(talks) < 0.03
+
+
 def test_another_process_with_other_hashing_makes_the_same_and_imports_nothing(made):
     script = (
         "import hashlib, sys; from lumina.data.docstrings import preferences; "

@@ -68,6 +68,11 @@ def test_a_whole_tree_on_one_line_gives_the_same():
     assert read([nested(TREE), nested(TREE[:1])]) == [Document("f:1", turns=said(0, 3, 5, 6)), Reject("f:2", UNANSWERED)]
 
 
+def test_ranks_and_deletions_are_known_as_csv_spells_them():
+    found = read([{key: "" if value is None else str(value) for key, value in each.items()} for each in TREE])
+    assert found[0] == Document("f:1", turns=said(0, 3))  # of labels nothing is known there, so that 4 is taken
+
+
 def test_what_is_a_tree():
     assert is_tree(TREE[0])
     assert is_tree(nested(TREE))
