@@ -82,17 +82,17 @@ def _records(arguments: argparse.Namespace) -> Iterator[Document | Reject]:
 
 
 def _small(documents: list[Document], extra: tuple[str, ...]) -> Tokenizer:
-    """A tokenizer of a vocabulary that the documents are enough for, with one more than bytes at least."""
+    """A tokenizer of a vocabulary that the documents are enough for; of bytes where they are enough for none."""
     texts, characters = [], 0
     for document in documents:
         texts.append(document.text[: SAMPLE_CHARACTERS - characters])
         characters += len(texts[-1])
     for size in VOCABULARIES:
         try:
-            return train_bpe(texts, size, extra=extra)
+            return train_bpe(texts, size, f"bpe-{size} trained on the first records", extra)
         except DataError:  # too few pairs
             continue
-    return train_bpe([], 256 + len(CONTROL_TOKENS) + len(extra), extra=extra)
+    return train_bpe([], 256 + len(CONTROL_TOKENS) + len(extra), "of bytes, as there is little text", extra)
 
 
 # ----------------------------------------------------------------------------------------------------------- gathering

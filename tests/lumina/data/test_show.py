@@ -79,6 +79,12 @@ def test_colours_are_for_weights(places, told, monkeypatch):
     assert "\x1b" not in told("--loss-weights", "assistant=1.5,user=1")
 
 
+def test_a_tokenizer_is_trained_where_none_is_named(told, capsys):
+    assert "tokenizer of bytes, as there is little text" in told()
+    cli.run(["data", "show", "synthetic"])
+    assert "tokenizer bpe-512 trained on the first records" in capsys.readouterr().out
+
+
 def test_both_sides_of_a_preference(told):
     found = json.loads(told("--record", "2", "--json"))
     assert [side["side"] for side in found["sides"]] == ["chosen", "rejected"]
