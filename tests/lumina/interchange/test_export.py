@@ -13,10 +13,12 @@ import transformers
 
 from lumina import cli
 from lumina.config import DataConfig
+from lumina.conversation import TEMPLATES
 from lumina.errors import CheckpointError, ConfigError, UsageError
 from lumina.interchange import exporting, huggingface, state, tokenizer_json, verify
+from lumina.tokenizer import train_bpe
 from tests.lumina.interchange.families import FAMILIES, model_config
-from tests.lumina.interchange.oracle import logits_TV
+from tests.lumina.interchange.oracle import logits_TV, random_tensors
 from tests.lumina.interchange.runs import DATA, T, run_of, tokenizer
 
 torch.set_num_threads(1)
@@ -278,3 +280,15 @@ def test_the_template_of_the_run_is_exported(tmp_path):
     messages = [{"role": "user", "content": "hi"}]
     text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == "### Instruction:\nhi<|turn_end|>\n\n### Response:\n"
+
+
+def test_a_models_turns_end_as_its_template_says(tmp_path):
+    form, model = family("llama scaled")
+    run_of(tmp_path / "run", model)
+    config = state.locate(tmp_path / "run").config
+    config.data = replace(config.data, template="chatml")
+    ours = train_bpe(["some text to learn from " * 9], 270, extra=TEMPLATES["chatml"].extra)
+    (tmp_path / "out").mkdir()
+    exporting.write(tmp_path / "out", form, config, random_tensors(model), ours, quiet)
+    ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
+    assert ends == [ours.control["<|document_end|>"], ours.control["<|im_end|>"]]
