@@ -1,15 +1,18 @@
 """What a run reads of real corpora: rows of texts and of conversations, and what of them is learned."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from lumina.config import Config, validate
+from lumina.config import Config, DataConfig, validate
 from lumina.data.rows import PackedRows, Rows
 from lumina.errors import ConfigError, DataError
 from lumina.runs.directory import RunDirectory
 from lumina.runs.evaluation import figures_by_source, held_out_figures
-from lumina.runs.text import corpora_of, manifest, open_corpora, read
+from lumina.runs.text import corpora_of, manifest, open_corpora, read, rows_of
 from tests.lumina.corpora import WORDS, chats, texts
+from tests.lumina.data.streams import documents
 
 V, T, ALONE = 300, 32, ((0,), 1)
 
@@ -113,6 +116,24 @@ def test_another_reading_maps_the_plan_that_the_first_made(path, monkeypatch):
     text_of(path)
     monkeypatch.setattr("lumina.runs.text.plan", lambda *arguments: pytest.fail("planned again"))
     text_of(path)
+
+
+def test_a_directory_that_was_prepared_anew_has_a_plan_of_its_own(tmp_path):
+    def rows(lengths, digest):
+        stream, ends = documents(lengths)
+        corpus = SimpleNamespace(
+            path=tmp_path, kind="text", train=stream, documents=lambda side: ends, manifest={"train": {"tokens_sha256": digest}}
+        )
+        return len(rows_of(corpus, "train", DataConfig(rows="packed"), 8))
+
+    assert (rows([9] * 5, "a" * 64), rows([9] * 7, "b" * 64), rows([9] * 5, "a" * 64)) == (5, 7, 5)
+
+
+def test_documents_without_two_tokens_are_refused(tmp_path):
+    stream, ends = documents([1, 1])
+    corpus = SimpleNamespace(path=tmp_path, kind="text", train=stream, documents=lambda side: ends, manifest={})
+    with pytest.raises(DataError, match="notes: no train document has two tokens"):
+        rows_of(corpus, "train", DataConfig(rows="packed"), 8, "notes")
 
 
 def test_the_fingerprint_is_of_all_sources(path):
