@@ -167,6 +167,11 @@ class Course(Batches):
             )
         return Course(self.rows.tables, self.legs, self.batch_size, self.seed, self.part, first)
 
+    def origins(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """As of `Batches`."""
+        rows = (numbers & (1 << TABLE_BIT) - 1).tolist()
+        return [(self.rows.tables[table].source, row) for table, row in zip((numbers >> TABLE_BIT).tolist(), rows, strict=True)]
+
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows step `step` reads, int64 [B], with their tables: a source's epochs follow each other without a gap."""
         if step < 0 or self.consumed(step) < 0:

@@ -227,6 +227,10 @@ class Batches:
         index = self.consumed(step) + np.arange(self.batch_size, dtype=np.int64)
         return shuffled(index, len(self.rows), self.seed) if self.shuffle else index % len(self.rows)
 
+    def origins(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """The source, by number, and the row in it of each of `row_numbers`."""
+        return [(0, number) for number in numbers.tolist()]
+
     def batch(self, step: int) -> dict[str, np.ndarray]:
         """This part of the batch of step `step`: inputs, targets, segments, positions int32 [B, T]; weights float32 [B, T]."""
         return self._of(self.row_numbers(step))

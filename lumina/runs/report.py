@@ -172,7 +172,12 @@ class Reporter:
         self.console.progress({**record, "seconds_left": left}, logged)
         decisive = {name: record[name] for name in ("step", "loss", "gradient_norm")}
         told = {"warnings": warnings, "stop": bool(metrics["stop"]), "began": began}
-        return {**decisive, "skipped": skipped, "row_numbers": numbers.tolist(), **told}
+        return {**decisive, "skipped": skipped, "row_numbers": self._named(numbers), **told}
+
+    def _named(self, numbers: np.ndarray) -> list[Any]:
+        """Rows as a person can find them: with their source where there are several."""
+        found = self.batches.origins(numbers)
+        return [row if len(self.sources) == 1 else f"{row} of {self.sources[source]}" for source, row in found]
 
     def _begins(self, step: int) -> str:
         """What to say of a stage, not the first, that begins with step `step`; nothing of any other step."""

@@ -369,6 +369,15 @@ def test_realised_ratios_stage_and_length_are_metrics(staged):
         assert (record["mixture/a"], record["mixture/b"]) == pytest.approx((1 - share, share), rel=1e-12)
 
 
+def test_rows_are_named_with_their_source_where_there_are_several(staged):
+    for step in (1, 5):
+        staged.dispatched(step, metrics(), True)
+        names = staged.flush()["row_numbers"]
+        numbers = staged.batches.row_numbers(step - 1)
+        expected = [(int(number) >> TABLE_BIT == 2, int(number) & (1 << TABLE_BIT) - 1) for number in numbers]
+        assert names == [f"{row} of {'b' if other else 'a'}" for other, row in expected]
+
+
 def test_longer_rows_are_more_tokens_a_second_and_more_floating_point_operations(staged, monkeypatch):
     monkeypatch.setattr(staged.rate, "step", lambda tokens: 100.0 * tokens)
     seconds = []
