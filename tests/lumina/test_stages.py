@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.config import Config, validate
+from lumina.config import Config, override, validate
 from lumina.errors import ConfigError
 from lumina.mesh import Sizes, check
 from lumina.stages import Stage, lengths, sources, stages
@@ -119,6 +119,13 @@ def test_what_cannot_be_is_refused_with_what_would_work(data, says):
 def test_a_hybrid_of_one_step_is_refused():
     with pytest.raises(ConfigError, match="'hybrid': has two stages, and train.steps = 1"):
         stages(config(1, mode="hybrid"))
+
+
+def test_stages_and_weights_can_be_given_as_flags():
+    flags = ["--config.data.stages=10 x 16: a.txt, b.txt; c@3,d@1", "--config.data.loss_weights=assistant=1.5,user=1"]
+    made = override(config(20), flags)
+    assert stages(made) == [Stage(10, 16, (("a.txt,b.txt", 1),)), Stage(10, 1024, (("c", 3), ("d", 1)))]
+    assert made.data.loss_weights == "assistant=1.5,user=1"
 
 
 def test_every_length_must_divide_over_the_mesh():

@@ -12,6 +12,7 @@ import pytest
 
 import lumina.runs.loop
 from lumina.errors import DataError
+from lumina.runs import library
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.ledger import compare_ledgers
@@ -76,6 +77,11 @@ def test_a_stage_that_begins_is_an_event_a_line_and_in_the_ledger(whole, files):
         (4, 2, f"{files.texts}@1, {files.chats}@1"),
         (7, 3, files.chats),
     ]
+
+
+def test_a_run_of_stages_is_whole_to_those_that_read_it(whole):
+    assert [finding.says for finding in library.verify(whole) if not finding.well] == []
+    assert library.summary(whole).step == 9
 
 
 def test_the_opening_tells_of_every_source_and_stage(whole, files):
