@@ -164,9 +164,7 @@ class CheckpointConfig:
     backup_keep: int = 2  # newest backups kept
     backup_encrypt: bool = False  # with the passphrase in $LUMINA_BACKUP_PASSPHRASE
     init_from: str = ""  # a run of either backend, or a directory of `lumina export` or `import`, that a new run begins from
-    init_part: str = (
-        "auto"  # of it: state (goes on, optimizer too), weights (step 0, a fresh one), auto (weights for other data)
-    )
+    init_part: str = "auto"  # of it: state (goes on), weights (begins at step 0), or auto (weights for other data)
 
 
 @dataclass

@@ -184,13 +184,16 @@ class _BPE(_Tokenizer):
         return [i for part in _parts(text) for i in self._encoding.encode_ordinary(part)]
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "", extra: Sequence[str] = ()) -> Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, name: str = "", extra: Sequence[str] = (), smaller: bool = False
+) -> Tokenizer:
     """Byte-level BPE learned from `texts`; equal pair counts merge the pair of lower ids, so equal texts give equal ids.
 
     Args:
         texts: the corpus, or a sample of it below 2 GiB; read once, one text in memory at a time is enough.
         vocab_size: 256 bytes, then merges, then the control tokens.
         extra: further control tokens, as in `load_tokenizer`.
+        smaller: fewer ids will do where the texts hold fewer pairs.
 
     Raises:
         ConfigError: `vocab_size` does not hold bytes and control tokens, or one of `extra` is named otherwise than they are.
@@ -217,12 +220,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "", extra: Sequ
     trainer.train_from_iterator(parts(), vocab_size - control, buffer_size=1024, pattern=GPT4_PATTERN)
     ranks = [bytes(token) for token, _ in trainer.get_mergeable_ranks()]
     reached = len(ranks) + control
-    if reached < vocab_size:
+    if reached < vocab_size and not smaller:
         raise DataError(
             f"model.vocab_size = {vocab_size}: the text has only {reached - fixed} pairs to merge, enough for {reached}; "
             f"set model.vocab_size to at most {reached}, or give more text"
         )
-    return _BPE(name or f"bpe-{vocab_size}", GPT4_PATTERN, ranks, extra)
+    tokenizer = bpe_of(ranks, extra)
+    tokenizer.name = name or tokenizer.name
+    return tokenizer
+
+
+def bpe_of(ranks: list[bytes], extra: Sequence[str] = ()) -> Tokenizer:
+    """What `train_bpe` makes, of these tokens in the order of their merges, the 256 bytes first."""
+    return _BPE(f"bpe-{len(ranks) + len(control_tokens(extra))}", GPT4_PATTERN, ranks, extra)
 
 
 def control_tokens(extra: Sequence[str] = ()) -> tuple[str, ...]:

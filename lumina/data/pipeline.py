@@ -162,32 +162,48 @@ def train_tokenizer(
 
     Raises DataError where there are none, or all are on one side of the split, or a source changes meanwhile.
     """
-    from lumina.tokenizer import MOST_TRAINING_BYTES, train_bpe
+    from lumina.tokenizer import train_bpe
 
-    total = sum(planned.bytes for _, planned in orders)
-    share = min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
-    account, meter = Account(), Meter("read for the tokenizer", total, say)
-    places = array("d")
-
-    def texts() -> Iterator[str]:
-        for order, planned in orders:
-            least = order.held_out
-            for unit in planned.units:
-                for document in cleaned(unit, order.recipe, account):
-                    places.append(where := document.place)
-                    if where >= least and (where - least) / (1 - least) <= share:
-                        yield document.text
-                meter.add(unit.bytes, 0, len(places) - meter.documents)
-                meter.tick()
-        if not places:
-            raise DataError(f"{', '.join(str(order) for order, _ in orders)}: holds no document{_why_none(account)}")
-        merge.require_both_sides(places, orders[0][0].held_out)
-
-    say(f"training a tokenizer of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
-    tokenizer = train_bpe(texts(), vocab_size, extra=extra)
+    share = training_share(orders, sample)
+    say(f"training a tokenizer of {vocab_size:,} ids on {share * sum(each.bytes for _, each in orders) / 1e6:,.1f} MB")
+    tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra)
     for order, planned in orders:
         require_unchanged(order, planned)
     return tokenizer
+
+
+def training_share(orders: Sequence[tuple[Order, Plan]], sample: float) -> float:
+    """The share of the documents that holds about `sample` bytes, or, where that is 0, as much as can be trained on."""
+    from lumina.tokenizer import MOST_TRAINING_BYTES
+
+    total = sum(planned.bytes for _, planned in orders)
+    return min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
+
+
+def training_texts(
+    orders: Sequence[tuple[Order, Plan]], share: float, say: Say, held_out: Callable[[str, float], None] | None = None
+) -> Iterator[str]:
+    """The texts of a share of the training documents, chosen by nothing but their text.
+
+    `held_out` is given each text on the other side, with its place there from 0 to 1. Raises DataError, in the end, where there
+    is no document, or where all are on one side of the split.
+    """
+    account, places = Account(), array("d")
+    meter = Meter("read for the tokenizer", sum(planned.bytes for _, planned in orders), say)
+    for order, planned in orders:
+        least = order.held_out
+        for unit in planned.units:
+            for document in cleaned(unit, order.recipe, account):
+                places.append(where := document.place)
+                if where >= least and (where - least) / (1 - least) <= share:
+                    yield document.text
+                elif where < least and held_out:
+                    held_out(document.text, where / least)
+            meter.add(unit.bytes, 0, len(places) - meter.documents)
+            meter.tick()
+    if not places:
+        raise DataError(f"{', '.join(str(order) for order, _ in orders)}: holds no document{_why_none(account)}")
+    merge.require_both_sides(places, orders[0][0].held_out)
 
 
 def require_fits(tokenizer: "Tokenizer", vocab_size: int) -> None:
