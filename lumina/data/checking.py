@@ -1,13 +1,11 @@
 """`lumina data check`: whether files can be trained on, what would become of each record, and how good they are."""
 
 import argparse
-import heapq
 import json
 import sys
 import tempfile
-from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +13,20 @@ import numpy as np
 
 from lumina.conversation import named, render
 from lumina.data.corpus import kind_of
-from lumina.data.duplicates import NearDuplicates, exact_key, signature
-from lumina.data.pipeline import Meter, Say
-from lumina.data.readers import Plan, Unit, plan, spool
+from lumina.data.pipeline import Say
+from lumina.data.readers import plan, spool
 from lumina.data.recipe import Recipe, add_recipe, recipe_of
-from lumina.data.records import TEXT, Document, Turn, place
-from lumina.data.scoring import LONGEST, SHORTEST, score
-from lumina.data.statistics import five_numbers, languages, most_first, repeats, role_balance
-from lumina.data.tokenise import Account, cleaned
+from lumina.data.records import TEXT, Document, Turn
+from lumina.data.scoring import score
+from lumina.data.statistics import five_numbers, languages, most_first
+from lumina.data.survey import EXAMPLES, Survey
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console, printable, table
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-SAMPLE_BYTES = 16 * 2**20  # of a source, read for languages and quality
-# Looked at for near duplicates, unless --steps names near.
-COMPARED, COMPARED_CHARACTERS = 50_000, 64 * 2**20
-EXAMPLES = 3
 SHOWN_CHARACTERS = 600  # of a sample
-REPLACEMENT = "\ufffd"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -95,13 +87,14 @@ def check(
     """All that is printed, ready for JSON; "unusable" says why nobody could train on it, and is "" where one can.
 
     The sources are read once, and of them the parts again that hold an example; what is in memory is a sample of about
-    SAMPLE_BYTES, and some 12 bytes a document.
+    SAMPLE_CHARACTERS, and some 24 bytes a document.
 
     Raises DataError where a source is missing or of no known format.
     """
     planned = plan(sources, recipe, say)
-    looked = _Looked(planned, recipe, limit, say)
-    chosen = looked.chosen()
+    looked = Survey(planned, recipe, limit, say)
+    chosen, sample = looked.chosen(), looked.sample()
+    say(f"languages and quality of {len(sample):,} documents")
     found: dict[str, Any] = {
         "sources": list(sources),
         "formats": planned.formats,
@@ -113,7 +106,7 @@ def check(
         "duplicates": looked.duplicates(chosen),
         "characters": five_numbers(looked.sizes) | {"fair": looked.fair},
         "damaged": looked.damaged,
-        **_sampled(looked.sample(), recipe, tokenizer, template),
+        **_sampled(sample, recipe, tokenizer, template),
         "turns": looked.turns(),
         "samples": [_shown(name, chosen[number], tokenizer, template) for name, number in looked.shown().items()],
     }
@@ -122,172 +115,10 @@ def check(
     return found
 
 
-class _Looked:
-    """One pass over the records that pass the steps, and what it leaves behind."""
-
-    def __init__(self, planned: Plan, recipe: Recipe, limit: int, say: Say):
-        self.planned, self.recipe, self.limit = planned, recipe, limit
-        self.account, self.count, self.fair, self.damaged = Account(), 0, 0, 0
-        self.kinds: Counter[str] = Counter()
-        self._sizes, self._keys = array("q"), array("Q")
-        self._firsts: list[int] = []  # of each unit: the number of its first document
-        self._sample: list[tuple[float, int, Document]] = []  # a heap, the one that falls highest first
-        self._sampled = 0
-        self._lengths: Counter[int] = Counter()  # turns of a conversation
-        self._answers = array("Q")  # 8 bytes of the last turn of each conversation
-        self._turns: Counter[str] = Counter()
-        self._characters: Counter[str] = Counter()
-        self._similar = _Similar(recipe)
-        meter = Meter("looked at", planned.bytes, say)
-        for unit, document in self._documents():
-            if document is None:
-                meter.add(unit.bytes, 0, self.count - meter.documents)
-            else:
-                self._take(document)
-            meter.tick()
-
-    def _documents(self) -> Iterator[tuple[Unit, Document | None]]:
-        """Each document with its unit, and None where one ends."""
-        for unit in self.planned.units:
-            self._firsts.append(self.count)
-            for document in cleaned(unit, self.recipe, self.account):
-                yield unit, document
-                if self.limit and self.account.read >= self.limit:
-                    return
-            yield unit, None
-            if self.limit and self.account.read >= self.limit:
-                return
-
-    def _take(self, document: Document) -> None:
-        said = document.text
-        self.kinds[document.kind] += 1
-        self._sizes.append(len(said))
-        self._keys.append(_key(document))
-        self.fair += len(said) <= LONGEST and (document.kind != TEXT or len(said) >= SHORTEST)
-        self.damaged += REPLACEMENT in said
-        if document.turns:
-            self._lengths[len(document.turns)] += 1
-            self._answers.append(_key(Document("", document.turns[-1].text)))
-            for role, words in (*document.turns, *document.rejected):
-                self._turns[role] += 1
-                self._characters[role] += len(words)
-        self._similar.take(self.count, document, self._keys[-1])
-        heapq.heappush(self._sample, (-place(said), -self.count, document))
-        self._sampled += len(said)
-        while self._sampled > SAMPLE_BYTES and len(self._sample) > 1:
-            self._sampled -= len(heapq.heappop(self._sample)[2].text)
-        self.count += 1
-
-    @property
-    def sizes(self) -> np.ndarray:
-        """Characters of each document: int64 [documents]."""
-        return _array(self._sizes, np.int64)
-
-    def sample(self) -> list[Document]:
-        """Documents chosen by nothing but their text, in order."""
-        return [document for _, _, document in sorted(self._sample, key=lambda each: -each[1])]
-
-    def turns(self) -> dict[str, Any]:
-        """Figures of the conversations."""
-        answers = _array(self._answers, np.uint64)
-        lengths = np.repeat(list(self._lengths), list(self._lengths.values())).astype(np.int64)
-        return {
-            "conversations": sum(self._lengths.values()),
-            "repeated_answers": int((repeats(answers) != np.arange(answers.size)).sum()),
-            "a_conversation": five_numbers(lengths),
-            "roles": role_balance(self._turns, self._characters),
-        }
-
-    def shown(self) -> dict[str, int]:
-        """The numbers of the documents that are shown."""
-        if not self.count:
-            return {}
-        numbers = {0: "first"} | ({self.count // 2: "middle"} if self.count > 1 else {})
-        for _, number, _ in sorted(self._sample, reverse=True):  # the one that falls lowest
-            if -number not in numbers:
-                numbers[-number] = "by hash"
-                break
-        return {name: number for number, name in numbers.items()}
-
-    def earlier(self) -> np.ndarray:
-        """Of each document the number of the first one that is equal to it: int64 [documents]."""
-        return repeats(_array(self._keys, np.uint64))
-
-    def chosen(self) -> dict[int, Document]:
-        """Documents that are shown or are examples of duplicates, by number; their units are read again."""
-        earlier = self.earlier()
-        repeats = [(int(i), int(earlier[i])) for i in np.flatnonzero(earlier != np.arange(self.count))[:EXAMPLES]]
-        self._repeats = repeats
-        wanted = {*self.shown().values(), *(i for pair in (*repeats, *self._similar.examples) for i in pair)}
-        found: dict[int, Document] = {}
-        for unit, first, end in zip(self.planned.units, self._firsts, [*self._firsts[1:], self.count], strict=False):
-            here = sorted(number for number in wanted if first <= number < end)
-            if here:
-                documents = islice(cleaned(unit, self.recipe, Account()), here[-1] - first + 1)
-                found |= {first + i: document for i, document in enumerate(documents) if first + i in wanted}
-        if found.keys() != wanted:
-            raise DataError(f"{', '.join(unit.name for unit in self.planned.units[:3])}: changed while it was being read")
-        return found
-
-    def duplicates(self, chosen: dict[int, Document]) -> dict[str, Any]:
-        """How many documents repeat earlier ones, with the names of some."""
-
-        def named_as(pairs: list[tuple[int, int]]) -> list[dict[str, str]]:
-            return [{"name": chosen[number].name, "as": chosen[first].name} for number, first in pairs]
-
-        similar = self._similar
-        exact = {"documents": int((self.earlier() != np.arange(self.count)).sum()), "examples": named_as(self._repeats)}
-        near = {"documents": similar.found, "compared": similar.compared, "examples": named_as(similar.examples)}
-        return {"exact": exact, "near": near | {"left_out": similar.left_out}}
-
-
-def _key(document: Document) -> int:
-    return int.from_bytes(exact_key(document)[:8], "little")
-
-
-def _array(values: "array[int]", dtype: type) -> np.ndarray:
-    return np.frombuffer(values, dtype) if values else np.empty(0, dtype)
-
-
-class _Similar:
-    """Near duplicates among the first documents, or among all where --steps names near; equal ones are not counted again."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.all = recipe, "near" in recipe.named_steps
-        self.compared, self.found, self.characters, self.left_out = 0, 0, 0, ""
-        self.examples: list[tuple[int, int]] = []
-        self._kept, self._numbers, self._keys = NearDuplicates(recipe), array("q"), set[int]()
-
-    def take(self, number: int, document: Document, key: int) -> None:
-        """Compare a document with the earlier ones."""
-        if self.left_out:
-            return
-        if not self.all and (self.compared >= COMPARED or self.characters >= COMPARED_CHARACTERS):
-            self.left_out = f"documents after the first {self.compared:,}; --steps near compares all"
-            return
-        self.compared, self.characters = self.compared + 1, self.characters + len(document.text)
-        if key in self._keys:
-            return
-        self._keys.add(key)
-        try:
-            earlier = self._kept.earlier(signature(document, self.recipe))
-        except UsageError as error:
-            if self.all:
-                raise
-            self.compared, self.left_out = 0, str(error)
-            return
-        if earlier < 0:
-            self._numbers.append(number)
-            return
-        self.found += 1
-        if len(self.examples) < EXAMPLES:
-            self.examples.append((number, self._numbers[earlier]))
-
-
 # -------------------------------------------------------------------------------------------------------------- told
 
 
-def _steps(looked: _Looked, recipe: Recipe) -> dict[str, Any]:
+def _steps(looked: Survey, recipe: Recipe) -> dict[str, Any]:
     """What each step that looks at one document does: {step: {changed, removed: {reason: documents}}}."""
     account = looked.account
     return {

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -145,10 +146,10 @@ def tokenise(unit: Unit, job: Job, threads: bool = False) -> Account:
     return account
 
 
-def cleaned(unit: Unit, recipe: Recipe, account: Account) -> Iterator[Document]:
-    """The documents of a unit that pass the steps of `recipe`; all else goes to `account`."""
+def cleaned(unit: Unit, recipe: Recipe, account: Account, most: int | None = None) -> Iterator[Document]:
+    """The documents of a unit, or of its first `most` records, that pass the steps of `recipe`; all else goes to `account`."""
     passing = _steps(recipe)
-    for item in read(unit, recipe):
+    for item in islice(read(unit, recipe), most):
         account.read += 1
         if isinstance(item, Reject):
             account.reject(item)
