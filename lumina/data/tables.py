@@ -1,10 +1,11 @@
 """Rows of csv, Parquet and Arrow files as records."""
 
 import csv
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, NamedTuple
 
 from lumina.data.conversations import (
@@ -166,13 +167,14 @@ class _Lines:
 
 
 def parquet_groups(path: str) -> list[tuple[int, int]]:
-    """(rows, compressed bytes) of each row group; none where the file is damaged."""
+    """(rows, share of the file's bytes) of each row group; none where the file is damaged."""
     with _parquet(path) as file:
         metadata = file.metadata if file else None
+        # Not of the columns' own sizes: where their metadata is damaged, looking at it ends the process (pyarrow 26).
         groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)] if metadata else []
-        return [
-            (each.num_rows, sum(each.column(at).total_compressed_size for at in range(each.num_columns))) for each in groups
-        ]
+        sizes = [max(group.total_byte_size, 0) for group in groups]
+        ends = [os.path.getsize(path) * end // max(sum(sizes), 1) for end in accumulate(sizes)]
+        return [(group.num_rows, end - start) for group, start, end in zip(groups, [0, *ends], ends, strict=False)]
 
 
 def parquet_rows(path: str, start: int, stop: int, first: int, text_field: str) -> Iterator[Row]:
@@ -193,7 +195,7 @@ def parquet_rows(path: str, start: int, stop: int, first: int, text_field: str) 
 def _parquet(path: str) -> Iterator[Any]:
     """The open file, or None where it is damaged. Raises OSError where it cannot be opened."""
     pyarrow, parquet = (need(name, "reading .parquet files") for name in ("pyarrow", "pyarrow.parquet"))
-    with pyarrow.OSFile(path) as source:
+    with pyarrow.OSFile(os.fsencode(path)) as source:
         try:
             file = parquet.ParquetFile(source, buffer_size=2**20, pre_buffer=False)  # reads that much ahead, not a whole column
         except _damage():
@@ -206,7 +208,9 @@ def arrow_batches(path: str) -> list[tuple[int, int]]:
     found: list[tuple[int, int]] = []
     with _arrow(path) as batches:
         try:
-            found.extend((batch.num_rows, batch.nbytes) for batch in batches)
+            for batch in batches:
+                batch.validate()
+                found.append((batch.num_rows, batch.nbytes))
         except _damage():
             found.append((0, 0))
     return found
@@ -224,7 +228,7 @@ def _arrow(path: str) -> Iterator[Iterator[Any]]:
     pyarrow = need("pyarrow", "reading .arrow files")
 
     def batches() -> Iterator[Any]:
-        with pyarrow.memory_map(path) as source:
+        with pyarrow.memory_map(os.fsencode(path)) as source:
             if source.read(6) == b"ARROW1":
                 file = pyarrow.ipc.open_file(source)
                 yield from (file.get_batch(index) for index in range(file.num_record_batches))
@@ -242,24 +246,28 @@ def _rows(batches: Iterator[Any], first: int, text_field: str, damage: str) -> I
             batch = next(batches, None)
             if batch is None:
                 return
-            batch = _strings(batch.select(needed(batch.schema.names, text_field)))
+            batch = batch.select(needed(batch.schema.names, text_field))
+            batch.validate()
         except _damage():
             yield Row(first, {}, damage)
             return
         step = _rows_at_once(batch.nbytes, batch.num_rows)
         for start in range(0, batch.num_rows, step):
-            for number, (value, fault) in enumerate(_values(batch.slice(start, step)), first + start):
+            for number, (value, fault) in enumerate(_values(batch.slice(start, step), damage), first + start):
                 yield Row(number, value, fault, value)
         first += batch.num_rows
 
 
-def _values(batch: Any) -> list[tuple[dict[str, Any], str]]:
+def _values(batch: Any, damage: str) -> list[tuple[dict[str, Any], str]]:
+    """(value, fault) of each row."""
     try:
-        return [(value, "") for value in batch.to_pylist()]
-    except UnicodeDecodeError:  # Arrow does not look whether strings are UTF-8
+        batch.validate(full=True)  # or else offsets that are damaged end the process
+        return [(value, "") for value in _strings(batch).to_pylist()]
+    except (UnicodeDecodeError, *_damage()) as error:
         if batch.num_rows == 1:
-            return [({}, "not UTF-8")]
-        return [value for at in range(batch.num_rows) for value in _values(batch.slice(at, 1))]
+            is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
+            return [({}, "not UTF-8" if is_text else damage)]
+        return [value for at in range(batch.num_rows) for value in _values(batch.slice(at, 1), damage)]
 
 
 def _strings(batch: Any) -> Any:

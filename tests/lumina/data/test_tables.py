@@ -1,6 +1,8 @@
 import csv
 import io
+import os
 
+import numpy as np
 import pyarrow
 import pytest
 from hypothesis import given
@@ -182,3 +184,22 @@ def test_csv_through_a_damaged_stream_keeps_the_rows_before(tmp_path):
     assert rows[-1] == Row(len(rows) + 1, {}, "damaged gz")
     assert told(rows[:-1]) == [(n + 2, {"text": f"row {n}"}) for n in range(len(rows) - 1)]
     assert len(rows) > 1000
+
+
+def test_offsets_that_are_damaged_are_faults_and_end_no_process(tmp_path):
+    offsets = pyarrow.py_buffer(np.array([0, 1, 2**30, 3, 4], np.int32).tobytes())
+    texts = pyarrow.StringArray.from_buffers(4, offsets, pyarrow.py_buffer(b"abcd"))
+    batch = pyarrow.RecordBatch.from_arrays([texts], ["text"])
+    with pyarrow.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, batch.schema) as writer:
+        writer.write_batch(batch)
+    rows = told(arrow_rows(str(tmp_path / "a.arrow"), 0, 0, 0, ""))
+    assert rows == [(0, {"text": "a"}), (1, "damaged Arrow"), (2, "damaged Arrow"), (3, {"text": "d"})]
+
+
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path):
+    path = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xff"))
+    (tmp_path / "a").write_bytes(b"")
+    os.rename(write_parquet(tmp_path / "a"), path)
+    assert len(list(parquet_rows(path, 0, 0, 0, ""))) == 100
+    os.rename(write_arrow(tmp_path / "a"), path)
+    assert len(list(arrow_rows(path, 0, 0, 0, ""))) == 100
