@@ -263,7 +263,7 @@ def _values(batch: Any, damage: str) -> list[tuple[dict[str, Any], str]]:
     try:
         batch.validate(full=True)  # or else offsets that are damaged end the process
         return [(value, "") for value in _strings(batch).to_pylist()]
-    except (UnicodeDecodeError, *_damage()) as error:
+    except _damage() as error:
         if batch.num_rows == 1:
             is_text = isinstance(error, UnicodeDecodeError) or "UTF8" in str(error)
             return [({}, "not UTF-8" if is_text else damage)]
