@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from lumina.data.conversations import document, form
-from lumina.data.json_values import values
+from lumina.data.json_values import is_too_deep, values
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document, Reject
 from lumina.data.streams import lines, opened, sample, shown
@@ -142,11 +142,16 @@ def _by_line(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
 def _value(line: bytes, name: str, format_: str) -> Record | Reject:
     try:
         text = line.decode("utf-8")
-        return name, json.loads(text) if format_ == "jsonl" else text.rstrip("\r\n"), line
+        if format_ == "lines":
+            return name, text.rstrip("\r\n"), line
+        value = json.loads(text)
+        if not is_too_deep(text, value):
+            return name, value, line
     except UnicodeDecodeError:
         return Reject(name, "not UTF-8", sample(line))
     except (ValueError, RecursionError):  # brackets can be nested deeper than Python's stack, integers longer than it reads
-        return Reject(name, "not JSON", sample(line))
+        pass
+    return Reject(name, "not JSON", sample(line))
 
 
 def _json(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:

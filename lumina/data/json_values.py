@@ -17,6 +17,23 @@ _NEXT_LINE = re.compile(r"\n[ \t\r]*+[\[\]{]")
 _decode = json.JSONDecoder().raw_decode
 
 
+MOST_LEVELS = 200
+
+
+def is_too_deep(source: str, value: Any) -> bool:
+    """Whether brackets are nested deeper than MOST_LEVELS.
+
+    Where Python itself gives up depends on how deep its own calls are, thus on who reads; this does not.
+    """
+    if source.count("[") + source.count("{") <= MOST_LEVELS:
+        return False
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(MOST_LEVELS):
+        inner = (each for outer in level for each in (outer.values() if isinstance(outer, dict) else outer))
+        level = [each for each in inner if isinstance(each, dict | list)]
+    return bool(level)
+
+
 class Value(NamedTuple):
     """One value, or the kind of fault that it has."""
 
@@ -52,6 +69,8 @@ def _value(window: "_Window", limit: int) -> Value:
         value, fault = None, ""
         try:
             value, end = _decode(text, start)
+            if is_too_deep(text[start:end], value):
+                raise RecursionError
             if text[start] not in '{["' and end != scan.end(text, start, window.ended):
                 raise ValueError("a word or number goes on")
         except (ValueError, RecursionError):  # also for integers that are longer than Python reads

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,7 +91,7 @@ def csv_rows(stream: Stream, limit: int) -> Iterator[Row]:
 
 def delimiter_of(line: str) -> str:
     """What most often divides the columns in a header."""
-    return max(DELIMITERS, key=line.count)
+    return max(DELIMITERS, key=re.sub('"[^"]*"', "", line).count)
 
 
 class _BadLine(str):

@@ -102,6 +102,21 @@ def test_a_large_element_is_never_held_whole():
     assert peak < 16 * 2**20
 
 
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+def test_how_deep_brackets_may_be_nested_depends_on_no_stack(opening):
+    def deep(levels):
+        return (opening * levels + "1" + opening.translate({ord("["): "]", ord("{"): "}"})[:1] * levels).encode()
+
+    def at(depth):
+        return at(depth - 1) if depth else [fault for _, fault in read(b"[" + deep(200) + b"," + deep(201) + b"]")]
+
+    assert at(0) == at(400) == ["", "not JSON"]
+
+
+def test_many_brackets_that_are_not_nested_are_not_deep():
+    assert read(json.dumps([["[" * 500], [[1]] * 500]).encode()) == [(["[" * 500], ""), ([[1]] * 500, "")]
+
+
 def test_bytes_that_are_not_utf8_are_lone_surrogates_in_the_source():
     (value,) = values(io.BytesIO(b'[{"a": "\xff"}]'), 100)
     assert value.source == '{"a": "\udcff"}'

@@ -167,7 +167,7 @@ def test_the_torture_folder_is_accounted_for_to_the_record(tmp_path):
         ]),
         "void.jsonl": (b'{"text": ""}\n{"text": " \\n"}', [(":1", ["empty text"]), (":2", ["empty text"])]),
         "large.jsonl": (b'{"text": "' + large.encode() + b'"}\n{"text": "good"}', [(":1", too_large), (":2", "good")]),
-        "deep.jsonl": (b"[" * 1500 + b'\n{"text": "good"}', [(":1", ["not JSON"]), (":2", "good")]),
+        "deep.jsonl": (b"[" * 1500 + b"\n" + b"[" * 300 + b"]" * 300, [(":1", ["not JSON"]), (":2", ["not JSON"])]),
         "odd.jsonl": (b'{"text": "a", "text": "b"}\n{"text": "c", "n": NaN}\n{"text": "d", "n": 1e999}', [
             (":1", "b"), (":2", "c"), (":3", "d"),
         ]),

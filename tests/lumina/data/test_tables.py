@@ -82,6 +82,10 @@ def test_nul_bytes_and_a_mark_and_an_empty_file_are_read():
     assert of_csv(b"") == of_csv(b"text,id\n") == of_csv(b"\n\n") == []
 
 
+def test_what_divides_columns_is_not_looked_for_in_quotes():
+    assert told(of_csv(b'"a;b;c",text\n1,x\n')) == [(2, {"a;b;c": "1", "text": "x"})]
+
+
 def test_many_broken_rows_do_not_take_the_square_of_their_time():
     calls = 0
 
