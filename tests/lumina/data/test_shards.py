@@ -224,7 +224,7 @@ def test_a_corpus_is_every_document_in_order_each_on_the_side_of_its_hash(tmp_pa
 
 def test_the_manifest_tells_what_is_in_the_corpus(tmp_path):
     path = texts_file(tmp_path, some_texts(100))
-    path.write_text(path.read_text() + "{\n[]\n[]\n")
+    path.write_text(path.read_text() + "{\n7\n7\n")
     data = config(tmp_path, path, held_out=0.2)
     corpus = prepare(data, BYTES)
     manifest = json.loads((corpus.path / "manifest.json").read_text())
