@@ -98,10 +98,8 @@ def near(pairs: int) -> dict[str, Any]:
     rows: dict[float, Counter[str]] = {wanted: Counter() for wanted in SIMILARITIES}
     for number, wanted, words, reached in planted:
         found = index.earlier(_signature(words, recipe))
-        rows[wanted].update(
-            pairs=1, found=found >= 0, right=found + 1 == numbers[number], true=reached >= recipe.near_threshold
-        )
-        rows[wanted].update({"similarity": reached})
+        rows[wanted].update(pairs=1, found=found >= 0, right=found + 1 == numbers[number])
+        exact[wanted] += reached
     total = sum(rows.values(), Counter[str]())
     true_found = sum(row["right"] for wanted, row in rows.items() if wanted >= recipe.near_threshold)
     found = total["found"] + mistaken

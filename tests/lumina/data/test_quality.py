@@ -15,9 +15,9 @@ from lumina.data.records import CONVERSATION, Document, Turn
 
 PROSE = """The harbour had been quiet since the storm, and the boats that used to leave before dawn now stayed at their
 moorings. Old Marta, who sold bread to the crews, walked along the quay every morning to see whether anything had changed.
-Nothing had. She counted the gulls instead, wrote their number on a slip of paper, and pinned it to the door of the chapel. By the
-end of March there were ninety slips, one above the other, and people began to ask what they were for. "To have something to compare
-with," she said, and would not explain it further.
+Nothing had. She counted the gulls instead, wrote their number on a slip of paper, and pinned it to the door of the chapel.
+By the end of March there were ninety slips, one above the other, and people began to ask what they were for. "To have
+something to compare with," she said, and would not explain it further.
 """
 LICENCE = """Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
 documentation files, to deal in the Software without restriction, including without limitation the rights to use, copy, modify,
