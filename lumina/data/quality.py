@@ -122,11 +122,16 @@ def _not_prose(measured: dict[str, float], text: str, kind: str) -> str:
         return f"fewer than {MIN_SENTENCES} sentences"
     if "lorem ipsum" in text.lower():
         return "lorem ipsum"
-    if measured["words"] >= MIN_WORDS and len(np.intersect1d(_STOP_WORDS, _words(text)[0])) < 2:
+    if _could_be_english(text) and measured["words"] >= MIN_WORDS and len(np.intersect1d(_STOP_WORDS, _words(text)[0])) < 2:
         language, probability = detect(text)
         if language == "en" and probability >= 0.5:
             return "English with fewer than 2 of its 8 stop words"
     return ""
+
+
+def _could_be_english(text: str) -> bool:
+    """Whether few letters are outside ASCII, apart from quotes: spares most other texts the model."""
+    return len(text.encode("utf-8", "surrogatepass")) < 1.02 * len(text)
 
 
 def _repeats(measured: dict[str, float], bounds: dict[str, float]) -> str:

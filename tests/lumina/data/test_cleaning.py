@@ -1,6 +1,8 @@
 """Steps that repair and bound a document by itself."""
 # ruff: noqa: RUF001  # characters that look like others are what this is about
 
+import itertools
+import re
 import sys
 from string import ascii_letters
 
@@ -18,7 +20,9 @@ from lumina.errors import UsageError
 
 LIBRARIES = [("repair", "ftfy"), ("language", "py3langid.langid"), ("quality", "py3langid.langid")]
 REPAIR, CONTROL = Repair(), Control()
-ODD = "".join(MOJIBAKE_CATEGORIES.values()).replace("-", "")
+ODD_RANGES = "".join(MOJIBAKE_CATEGORIES.values())
+ODD = ODD_RANGES.replace("-", "")
+EUROPEAN = "".join(map(chr, range(0x2700)))
 
 
 def text(step, value):
@@ -86,6 +90,13 @@ def test_wrong_decoding_is_undone(broken, whole):
 )
 def test_what_a_text_says_is_not_repaired(value):
     assert text(REPAIR, value) == value
+
+
+def test_every_pair_that_ftfy_takes_for_mojibake_is_suspect():
+    pairs = ["".join(pair) for pair in itertools.product(re.findall(f"[{ODD_RANGES}]", EUROPEAN), repeat=2)]
+    bad = [pair for pair in pairs if is_bad(pair)]
+    assert len(bad) > 10000
+    assert [pair for pair in bad if not REPAIR._suspect.search(pair)] == []
 
 
 @given(st.text(st.sampled_from(ODD + ascii_letters[:3] + " .А日\xa0")))
