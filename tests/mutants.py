@@ -922,9 +922,9 @@ MUTANTS = [
     Mutant(
         "one that is silent is waited for",
         "lumina_jax/hosts.py",
-        "if now - when > self.silence:",
-        "if now - when > 99 * self.silence:",
-        f"{HOSTS}_one_killed_ends_the_rest_who_say_which",
+        "if silent > self.silence:",
+        "if silent > 99 * self.silence:",
+        f"{HOSTS}_who_is_silent_is_told_and_taken_back_once_there_are_signs_of_life_again",
     ),
     # -------------------------------------------------------------------------------------- what a step sends and holds
     Mutant(

@@ -2,7 +2,7 @@
 
 import time
 
-GIVES_UP = 600.0  # seconds; a limit that a slow machine can reach would be a test of the machine
+GIVES_UP = 1800.0  # seconds; a limit that a slow machine can reach would be a test of the machine
 
 
 def until(condition, why=lambda: "waited in vain"):

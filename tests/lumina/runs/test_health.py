@@ -20,14 +20,14 @@ there = threading.Event()
 
 def elsewhere():
     there.set()
-    time.sleep(6000)
+    time.sleep(60_000)
 
 threading.Thread(target=elsewhere, daemon=True).start()
 there.wait()
 """
 # Limits of the watchdog, in seconds: one that is to be reached, and one that no machine is slow enough for.
-SHORT, NEVER = 0.5, 6000
-FIRES = f"watchdog.seconds = {SHORT}\nwatchdog.alive()\ntime.sleep(6000)"
+SHORT, NEVER = 0.5, 60_000
+FIRES = f"watchdog.seconds = {SHORT}\nwatchdog.alive()\ntime.sleep(60_000)"
 
 
 def run(code):
@@ -124,7 +124,7 @@ def told(monkeypatch):
     signal.signal(signal.SIGTSTP, before)
 
 
-@pytest.mark.parametrize("hang", ["time.sleep(6000)", "ctypes.PyDLL(None).sleep(6000)", "lock.acquire()"])
+@pytest.mark.parametrize("hang", ["time.sleep(60_000)", "ctypes.PyDLL(None).sleep(60_000)", "lock.acquire()"])
 def test_what_hangs_ends_with_the_stacks_of_all_threads(hang):
     done = run(f"""
 lock = threading.Lock()
@@ -205,7 +205,7 @@ def test_the_time_of_ctrl_z_until_fg_is_no_hang(told):
 
 
 def test_after_fg_it_counts_anew():
-    code = f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\nwatchdog.seconds = {SHORT}\nctrl_z()\ntime.sleep(6000)"
+    code = f"watchdog = Watchdog({NEVER})\nwatchdog.alive()\nwatchdog.seconds = {SHORT}\nctrl_z()\ntime.sleep(60_000)"
     code, _, stderr = suspended(code)
     assert (code, "Timeout (0:00:00.5" in stderr) == (1, True)
 

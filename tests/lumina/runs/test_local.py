@@ -31,12 +31,12 @@ def python(text):
         ("", 0),
         ("sys.exit(75)", 75),
         ("sys.exit(75 * (number == 1))", 75),
-        ("number or time.sleep(6000); sys.exit(93 if number else 1)", 93),
-        ("number or time.sleep(6000); sys.exit(3 if number else 75)", 3),
+        ("number or time.sleep(60_000); sys.exit(93 if number else 1)", 93),
+        ("number or time.sleep(60_000); sys.exit(3 if number else 75)", 3),
         ("number and time.sleep(1); sys.exit(3 if number else 75)", 3),
-        ("number == 2 and sys.exit(5); time.sleep(6000)", 5),
-        ("number == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(6000)", 137),
-        (SAVES + "number == 1 and (time.sleep(1), sys.exit(4)); time.sleep(6000)", 4),
+        ("number == 2 and sys.exit(5); time.sleep(60_000)", 5),
+        ("number == 1 and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60_000)", 137),
+        (SAVES + "number == 1 and (time.sleep(1), sys.exit(4)); time.sleep(60_000)", 4),
     ],
     ids=["done", "saved", "one_saved", "first", "after_75", "before_75", "refused", "killed", "others_save"],
 )
@@ -47,13 +47,13 @@ def test_the_first_that_ends_badly_ends_the_others_and_gives_its_code(text, code
 def test_the_others_are_asked_to_end(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = "signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit(75)))\n"
-    assert together(python(asked + READY + "number and sys.exit(4); time.sleep(6000)"), 2, grace=GIVES_UP) == 4
+    assert together(python(asked + READY + "number and sys.exit(4); time.sleep(60_000)"), 2, grace=GIVES_UP) == 4
     assert capfd.readouterr().out == "[0] asked\n"
 
 
 def test_what_does_not_hear_is_killed_when_another_has_ended_badly(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert together(python(DEAF + READY + "number and sys.exit(9); time.sleep(6000)"), 2, grace=0.2) == 9
+    assert together(python(DEAF + READY + "number and sys.exit(9); time.sleep(60_000)"), 2, grace=0.2) == 9
     told = capfd.readouterr().err.splitlines()
     assert told[0].startswith("lumina local: process 1: crashed with exit code 9 after ")
     assert told[1:] == ["lumina local: the others have not ended in 0.2 s: killed"]
@@ -142,7 +142,7 @@ def test_a_signal_reaches_all_once_ready(signals, code, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children of a parent's death")
 def test_none_is_left_when_the_launcher_is_killed(tmp_path):
-    text = "print(os.getpid(), flush=True); time.sleep(6000)"
+    text = "print(os.getpid(), flush=True); time.sleep(60_000)"
     command = [sys.executable, "-m", "lumina.runs.local", "--count", "2", "--", *python(text)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as launcher:
         pids = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]

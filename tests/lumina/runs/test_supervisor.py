@@ -260,7 +260,7 @@ for _ in range(12_000):
 else:
     sys.exit(93)
 if "LUMINA_RESTART_CAUSE" not in os.environ:
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(6000)"], pass_fds=[lock.fileno()])
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60_000)"], pass_fds=[lock.fileno()])
     sys.exit(1)
 """
     assert supervise([*PYTHON, leaves], 20, wait=at_once) == 0
@@ -315,14 +315,14 @@ def test_a_signal_that_comes_while_the_command_is_started_is_passed_on(notes, mo
         return started(*arguments, **options)
 
     monkeypatch.setattr(supervisor.subprocess, "Popen", interrupted)
-    assert supervise([*PYTHON, "import time; time.sleep(6000)"], 20, wait=at_once) == 128 + signal.SIGTERM
+    assert supervise([*PYTHON, "import time; time.sleep(60_000)"], 20, wait=at_once) == 128 + signal.SIGTERM
 
 
 def test_a_signal_is_sent_no_second_time(monkeypatch):
     sent = []
     send = os.killpg
     monkeypatch.setattr(supervisor.os, "killpg", lambda group, number: sent.append(number) or send(group, number))
-    asks_to_be_stopped = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(6000)"
+    asks_to_be_stopped = "import os, signal, time; os.kill(os.getppid(), signal.SIGTERM); time.sleep(60_000)"
     assert supervise([*PYTHON, asks_to_be_stopped], 20, wait=at_once) == 128 + signal.SIGTERM
     assert sent == [signal.SIGTERM]  # the kernel merges two that are close, so that the command cannot tell
 
