@@ -2,7 +2,7 @@
 
 import json
 
-WORDS = "add sort find join move read scale shift split sum trim mix".split()
+WORDS = ["add", "sort", "find", "join", "move", "read", "scale", "shift", "split", "sum", "trim", "mix"]
 
 
 def texts(path, count=60):

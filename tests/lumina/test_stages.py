@@ -117,7 +117,7 @@ def test_what_cannot_be_is_refused_with_what_would_work(data, says):
 
 
 def test_a_hybrid_of_one_step_is_refused():
-    with pytest.raises(ConfigError, match="'hybrid': has two stages, and train.steps = 1"):
+    with pytest.raises(ConfigError, match=r"'hybrid': has two stages, and train\.steps = 1"):
         stages(config(1, mode="hybrid"))
 
 
@@ -132,5 +132,5 @@ def test_every_length_must_divide_over_the_mesh():
     made = config(stages="500 x 510: a; b")
     made.model.num_kv_heads = 4
     check(made, Sizes(tensor=2))
-    with pytest.raises(ConfigError, match="= 510: must be a multiple of 4 for mesh.tensor = 4"):
+    with pytest.raises(ConfigError, match=r"= 510: must be a multiple of 4 for mesh\.tensor = 4"):
         check(made, Sizes(tensor=4))

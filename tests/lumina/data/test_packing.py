@@ -1,4 +1,4 @@
-"""Packed rows: every target once, no piece across documents, conversations split at turns, little waste, files whole or none."""
+"""Packed rows: every target once, no piece across documents, conversations split at turns, little waste, whole files."""
 
 import json
 import pickle
@@ -97,7 +97,8 @@ def test_pieces_stay_within_documents_and_have_segments_and_positions_of_their_o
                 assert targets[:-1].tolist() == inputs[1:].tolist()
             else:
                 assert own[-1]
-                assert not (batch["inputs"][row][own].any() or batch["targets"][row][own].any())
+                assert not batch["inputs"][row][own].any()
+                assert not batch["targets"][row][own].any()
 
 
 @given(LENGTHS, st.integers(2, 16))
@@ -141,7 +142,7 @@ USER, ASSISTANT, NONE = 2, 3, 0
 
 
 def conversations(shapes):
-    """(stream, offsets, roles, turns) of conversations given as lists of (role, tokens); each turn's first token is a header."""
+    """(stream, offsets, roles, turns) of conversations: lists of (role, tokens); each turn's first token is a header."""
     roles, turns, sizes = [], [], []
     for shape in shapes:
         before = len(roles)

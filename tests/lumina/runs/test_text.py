@@ -149,7 +149,7 @@ def test_the_corpora_of_a_run_are_opened_with_its_tokenizer_and_must_be_the_same
     run.record(made, manifest(corpora), next(iter(corpora.values())).tokenizer)
     found = corpora_of(run, made, quiet)
     assert manifest(found)["fingerprint"] == manifest(corpora)["fingerprint"]
-    with pytest.raises(DataError, match="was trained on other data than data.source"):
+    with pytest.raises(DataError, match=r"was trained on other data than data\.source"):
         corpora_of(run, config(path, held_out=0.3), quiet)
 
 
