@@ -128,7 +128,10 @@ def rows_of(
         raise DataError(f"{source}: holds preferences, chosen and rejected; training needs texts or conversations")
     stream = getattr(corpus, side)
     if corpus.kind == "text" and data.rows == "stream":
-        return Rows(stream, sequence_length, corpus.document_end_id)
+        try:
+            return Rows(stream, sequence_length, corpus.document_end_id)
+        except DataError as error:
+            raise error if source == data.source else DataError(f"{source}: {error}") from error
     documents, roles = corpus.documents(side), corpus.roles(side) if corpus.kind == "conversation" else None
     turns, weights = None, None
     if roles is not None:

@@ -136,6 +136,12 @@ def test_documents_without_two_tokens_are_refused(tmp_path):
         rows_of(corpus, "train", DataConfig(rows="packed"), 8, "notes")
 
 
+def test_of_several_sources_the_one_that_is_too_short_is_named(path, tmp_path):
+    short = texts(tmp_path / "short.jsonl", 9)
+    with pytest.raises(DataError, match=r"^/.*short\.jsonl: data\.sequence_length = 500: a row takes 501 tokens"):
+        text_of(path, source=f"{path}/texts.jsonl@1,{short}@1", sequence_length=500)
+
+
 def test_the_fingerprint_is_of_all_sources(path):
     both, one = (manifest(open_corpora(config(path, **data), quiet)) for data in ({}, {"source": f"{path}/texts.jsonl"}))
     (other,) = both["others"].values()
