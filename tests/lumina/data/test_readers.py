@@ -243,12 +243,12 @@ MESSAGES = b'{"messages": [{"role": "user", "content": "q"}, {"role": "bot", "co
         ("a.csv", b"title;body\nt;x\n", "csv, texts (body)", ["x"]),
         ("a.md", b"x", "text, a document a file", ["x"]),
         ("Makefile", b"x", "text, a document a file", ["x"]),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}'), "jsonl, gz, texts (text)", ["x"]),
-        ("wrongly.jsonl", gzip.compress(b'{"text": "x"}'), "jsonl, gz, texts (text)", ["x"]),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}', mtime=0), "jsonl, gz, texts (text)", ["x"]),
+        ("wrongly.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "jsonl, gz, texts (text)", ["x"]),
         ("unnamed", b'{"text": "x"}\n{"text": "y"}', "jsonl, texts (text)", ["x", "y"]),
         ("unnamed", b' [\n{"text": "x"}]', "json, texts (text)", ["x"]),
         ("unnamed", b"[[wiki]] text", "text, a document a file", ["[[wiki]] text"]),
-        ("unnamed", gzip.compress(b"x"), "text, gz, a document a file", ["x"]),
+        ("unnamed", gzip.compress(b"x", mtime=0), "text, gz, a document a file", ["x"]),
         ("unnamed", "süß".encode("utf-16"), "text, utf-16, a document a file", ["süß"]),
         ("a.jsonl", b"[1]", "jsonl, conversations (lists of messages)", None),
         ("a.jsonl", b"{", "jsonl, no record in the first 20", None),
@@ -409,7 +409,7 @@ def test_a_file_that_vanishes_after_the_plan_is_an_error_and_no_reject(tmp_path,
 
 
 def test_stdin_is_spooled_to_a_file_whose_format_is_found(tmp_path):
-    path = spool(io.BytesIO(gzip.compress(b'{"text": "x"}\n')), tmp_path)
+    path = spool(io.BytesIO(gzip.compress(b'{"text": "x"}\n', mtime=0)), tmp_path)
     assert os.listdir(tmp_path) == ["stdin"]
     assert told(read_all(path), tmp_path) == [("stdin:1", "x")]
 
