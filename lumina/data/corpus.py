@@ -65,7 +65,7 @@ class Corpus:
         path = self.path / f"{side}-{what}.npy"
         try:
             index = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise _broken(path, f"cannot be read ({error})") from error
         if index.dtype != np.int64 or index.shape != (about[f"{what}_indexed"],):
             raise _broken(path, f"has {index.dtype} {index.shape}, not {about[f'{what}_indexed']} of int64")
