@@ -116,7 +116,7 @@ others = Recipe(steps="repair,control,quality,language,decontaminate")
 for recipe, size in (redact, 500_000), (others, 100_000):
     for step in steps(recipe, ["a b c d e f"]):
         for piece in sys.argv[1:]:
-            step(Document("x", piece * (size // len(piece)) + " http:// @ tel PRIVATE KEY eyJ ghp_ sk- xox + aws_secret k_test_"))
+            step(Document("x", piece * (size // len(piece)) + " http:// @ tel PRIVATE KEY eyJ ghp_ sk- xox + aws_secret"))
 print("done")
 """
 
