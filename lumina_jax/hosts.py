@@ -19,7 +19,7 @@ from lumina.runs.processes import Part, part
 HEARTBEAT_SECONDS = 60  # a process that is silent for so long ends all others, in threads of JAX's that nothing holds up
 SHUTDOWN_SECONDS = 60  # for others to come to an end as well
 BEAT_SECONDS, SILENT_BEATS = 2.0, 5  # of our own signs of life, which only tell who it is
-DAY_SECONDS = 86_400.0
+MEET_SECONDS, DAY_SECONDS = 3600.0, 86_400.0
 # What XLA, gloo, NCCL and gRPC say when another process is at fault.
 _OF_ANOTHER = re.compile("gloo|nccl|peer|connect|socket|closed|unavailable|deadline|heartbeat|coordination|timed out", re.I)
 
@@ -97,6 +97,12 @@ def hear(key: str, seconds: float) -> str:
 def forget(keys: str) -> None:
     """Drop all that was told under `keys`."""
     _client().key_value_delete(f"lumina/{keys}")
+
+
+def meet(place: str) -> None:
+    """Wait for all processes, once at each place: for an hour, where gloo gives up those that it first connects after 30 s."""
+    if _pulse is not None:
+        _client().wait_at_barrier(f"lumina/meet/{place}", int(1000 * MEET_SECONDS))
 
 
 def leave_together() -> None:

@@ -140,6 +140,7 @@ class Trainer:
         from lumina_jax.device import memory_of_each
         from lumina_jax.evaluate import sums
         from lumina_jax.generate import Generator
+        from lumina_jax.hosts import meet
         from lumina_jax.mesh import own_copy, place_each, place_rows
         from lumina_jax.step import controls, make_eval_step, make_train_step, state_shapes
 
@@ -165,12 +166,16 @@ class Trainer:
         first = min(start, config.train.steps - 1)
         of_first = depth_capacity_at(config.model.mod, first), text.train.sequence_length(first)
         compiled = {of_first: compile_step(*of_first, text.train.batch(text.train.begin(first)))}
+        begun = set[tuple[float, int]]()
 
         def train_step(number: int, state: Any, batch: dict[str, Any], update: bool, stop: bool) -> tuple[Any, Any]:
             made_for = depth_capacity_at(config.model.mod, number), text.train.sequence_length(number)
             if made_for not in compiled:
                 with aside():
                     compiled[made_for] = compile_step(*made_for, batch)
+            if made_for not in begun:  # some may have compiled, or restored, for longer
+                meet("step {:g} {}".format(*made_for))
+                begun.add(made_for)
             return compiled[made_for](state, *inputs(batch, update, stop))
 
         def held_out_loss(state: Any, alive: Any) -> dict[str, Any]:
