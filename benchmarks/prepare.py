@@ -2,9 +2,9 @@
 
     python benchmarks/prepare.py --mb 2000 --peers-mb 200 --workdir /tmp/prepare
 
-The peers encode a part of the same documents with the same tokenizer and as many cores, before and after ours, so that a machine
-whose speed drifts slows all alike. Memory is the most that the command and its workers held together, read from /proc, in two
-forms: what is private to them, and with what they share or map from files, which the kernel takes back when it needs it.
+The peers encode a part of the same documents with the same tokenizer and as many cores, before and after ours, so that a
+machine whose speed drifts slows all alike. Memory is the most that the command and its workers held together, read from /proc,
+in two forms: what is private to them, and with what they share or map from files, which the kernel takes back at need.
 """
 
 import argparse
@@ -105,18 +105,22 @@ def _loaded(name: str) -> "load_tokenizer":  # type: ignore[valid-type]
     return _tokenizers[name]
 
 
+def started(*arguments: object) -> "subprocess.Popen[bytes]":
+    """`lumina data prepare` in a process of its own."""
+    command = [sys.executable, "-m", "lumina.cli", "data", "prepare", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE)  # noqa: S603, ourselves
+
+
 def with_lumina(path: Path, tokenizer: str, out: Path, workers: int, *flags: str) -> dict[str, object]:
     """The command, in a process of its own, with what it and its workers held at most."""
-    command = [sys.executable, "-m", "lumina.cli", "data", "prepare", str(path), "--out", str(out), "--tokenizer", tokenizer]
     began = time.perf_counter()
     private, whole = 0, 0
-    with subprocess.Popen([*command, "--workers", str(workers), "--json", *flags], stdout=subprocess.PIPE) as process:
+    with started(path, "--out", out, "--tokenizer", tokenizer, "--workers", workers, "--json", *flags) as process:
         while process.poll() is None:
             now = [_memory(pid) for pid in _family(process.pid)]
             private, whole = max(private, sum(each[0] for each in now)), max(whole, sum(each[1] for each in now))
             time.sleep(TICK_SECONDS)
-        assert process.stdout
-        told = json.loads(process.stdout.read())
+        told = json.loads(process.stdout.read() if process.stdout else b"")
     if process.returncode:
         raise SystemExit(process.returncode)
     seconds = time.perf_counter() - began
@@ -166,8 +170,7 @@ def digest(directory: Path) -> str:
 
 def killed(path: Path, tokenizer: str, out: Path, workers: int, seconds: float) -> None:
     """The command killed, with its workers, after so many seconds."""
-    command = [sys.executable, "-m", "lumina.cli", "data", "prepare", str(path), "--out", str(out), "--tokenizer", tokenizer]
-    with subprocess.Popen([*command, "--workers", str(workers)]) as process:
+    with started(path, "--out", out, "--tokenizer", tokenizer, "--workers", workers) as process:
         time.sleep(seconds)
         process.kill()
 
@@ -188,8 +191,8 @@ def main() -> None:
         write_text(work / "text.part", int(arguments.mb * 1e6))
         (work / "text.part").rename(path)
     if not Path(tokenizer).exists():
-        command = [sys.executable, "-m", "lumina.cli", "data", "prepare", "stdlib", "--out", str(work / "small")]
-        subprocess.run([*command, "--vocab-size", str(arguments.vocab_size)], check=True, stdout=subprocess.DEVNULL)
+        with started("stdlib", "--out", work / "small", "--vocab-size", arguments.vocab_size) as process:
+            process.communicate()
     found: dict[str, object] = {"cores": os.cpu_count(), "load_before": os.getloadavg()[0], "vocab_size": arguments.vocab_size}
     before = with_tiktoken(path, peers, tokenizer), with_datasets(path, peers, tokenizer, work)
     shutil.rmtree(work / "out", ignore_errors=True)

@@ -169,9 +169,9 @@ def test_a_missing_library_leaves_a_part_out_and_says_so(tmp_path, monkeypatch):
 
     for module in ("language", "quality", "duplicates"):
         monkeypatch.setattr(f"lumina.data.{module}.need", missing)
-    from lumina.data.language import _model, detect
+    from lumina.data.language import detect, language_model
 
-    _model.cache_clear()
+    language_model.cache_clear()
     detect.cache_clear()
     found = check([write(tmp_path / "a.jsonl", [essay(i) for i in range(5)])], Recipe())
     assert not found["unusable"]
