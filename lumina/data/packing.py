@@ -11,6 +11,7 @@ import uuid
 from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,11 @@ import numpy as np
 
 from lumina.data.rows import permute
 
-FORMAT = 1  # part of every name: raise it when plans change meaning
+FORMAT = 2  # part of every name: raise it when plans change meaning
 ARRAYS = ("starts", "lengths", "rows")
+BLOCK_TOKENS = 2**22  # looked at once
+
+Codes = Callable[[int, int], np.ndarray]  # of tokens [start, stop), whose words they are
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class PackingReport:
     filled: int = 0  # of them, those that have an input and a target
     cut_documents: int = 0  # texts longer than a row, cut into pieces: every token is a target still
     split_conversations: int = 0  # longer than a row, split where turns begin
-    cut_turns: int = 0  # longer than a row by themselves, cut into pieces
+    cut_turns: int = 0  # longer than a row by themselves, or with their answer
+    unlearned: int = 0  # pieces in which nothing counts, left out
 
     @property
     def waste(self) -> float:
@@ -44,7 +49,8 @@ class PackingReport:
         for count, what in (
             (self.cut_documents, "longer than a row, cut into pieces"),
             (self.split_conversations, "longer than a row, split between turns"),
-            (self.cut_turns, "turns longer than a row, cut into pieces"),
+            (self.cut_turns, "turns cut, longer than a row or so with their answer"),
+            (self.unlearned, "pieces without anything to learn, left out"),
         ):
             told += [f"{count:,} {what}"] if count else []
         return "; ".join(told)
@@ -82,7 +88,8 @@ def plan(
     documents: np.ndarray,
     sequence_length: int,
     turns: np.ndarray | None = None,
-    is_user: Callable[[int, int], bool] | None = None,
+    codes: Codes | None = None,
+    weights: np.ndarray | None = None,
 ) -> Plan:
     """The rows for documents [documents[i], documents[i + 1]) of a stream.
 
@@ -90,16 +97,25 @@ def plan(
         documents: int64 [n + 1], ascending.
         sequence_length: T.
         turns: int64 [m], ascending: where turns of conversations begin; None for texts.
-        is_user: whether the turn of tokens [start, stop) is a user's: where a part preferably begins.
+        codes: whose words each token of a conversation is; None where it is all text.
+        weights: [codes], what a target of each code counts: a piece of which none does is left out.
     """
-    pieces = whole_or_cut(documents, sequence_length) if turns is None else _split(documents, turns, sequence_length, is_user)
+    if turns is None:
+        pieces = whole_or_cut(documents, sequence_length)
+    else:
+        pieces = _split(documents, turns, sequence_length, codes)
+    unlearned = 0
+    if codes is not None and weights is not None:
+        counting = _counting(pieces, codes, weights)
+        unlearned = int(np.sum(~counting))
+        pieces = pieces._replace(starts=pieces.starts[counting], lengths=pieces.lengths[counting])
     bins, count = best_fit(pieces.lengths, sequence_length)
     # The rows come in no order of size, so that the first ones of an evaluation are like all others.
     place = permute(np.arange(count), count, seed=0, epoch=0) if count else np.zeros(0, np.int64)
     order = np.argsort(place[bins], kind="stable")
     rows = np.concatenate([[0], np.cumsum(np.bincount(place[bins], minlength=count))]).astype(np.int64)
     filled = int(pieces.lengths.sum())
-    report = PackingReport(len(documents) - 1, count, count * sequence_length, filled, *pieces[2:])
+    report = PackingReport(len(documents) - 1, count, count * sequence_length, filled, *pieces[2:], unlearned)
     return Plan(sequence_length, pieces.starts[order], pieces.lengths[order].astype(np.int32), rows, report)
 
 
@@ -115,8 +131,8 @@ def whole_or_cut(documents: np.ndarray, T: int) -> Pieces:
     return Pieces(documents[of] + number * T, np.minimum(pairs[of] - number * T, T), int(np.sum(counts > 1)))
 
 
-def _split(documents: np.ndarray, turns: np.ndarray, T: int, is_user: Callable[[int, int], bool] | None) -> Pieces:
-    """Each conversation as one piece, or as parts that begin at turns; a turn too long by itself is cut as a text is."""
+def _split(documents: np.ndarray, turns: np.ndarray, T: int, codes: Codes | None) -> Pieces:
+    """Each conversation as one piece, or as parts that begin at turns."""
     long = np.diff(documents) - 1 > T
     short = ~long & (np.diff(documents) > 1)
     starts, lengths, cut = [documents[:-1][short]], [np.diff(documents)[short] - 1], 0
@@ -124,29 +140,66 @@ def _split(documents: np.ndarray, turns: np.ndarray, T: int, is_user: Callable[[
         begin, end = int(documents[document]), int(documents[document + 1])
         own = turns[np.searchsorted(turns, begin, "left") : np.searchsorted(turns, end, "left")].tolist()
         marks = [begin, *own[1:], end]  # what comes before the first turn belongs to it
-        parts = _parts(marks, T, is_user)
-        cut += sum(stop - start - 1 > T for start, stop in parts)
-        pieces = whole_or_cut(np.array([part[0] for part in parts] + [end]), T)
-        starts.append(pieces.starts)
-        lengths.append(pieces.lengths)
+        users = [codes is not None and _is_user(codes(*turn)) for turn in pairwise(marks)]
+        parts, more = _parts(marks, users, T)
+        cut += more
+        starts.append(np.array([start for start, _ in parts], np.int64))
+        lengths.append(np.array([length for _, length in parts], np.int64))
     found, sizes = np.concatenate(starts).astype(np.int64), np.concatenate(lengths).astype(np.int64)
     order = np.argsort(found, kind="stable")
     return Pieces(found[order], sizes[order], 0, int(long.sum()), cut)
 
 
-def _parts(marks: list[int], T: int, is_user: Callable[[int, int], bool] | None) -> list[tuple[int, int]]:
-    """Tokens [start, stop) of a conversation's parts: as many whole turns as fit, the next beginning at a user's if any."""
-    parts, i, last = [], 0, len(marks) - 1
+def _is_user(codes: np.ndarray) -> bool:
+    """Whether the codes of a turn are a user's: beside markers, all are of one role."""
+    from lumina.conversation import USER
+
+    return int(codes.max(initial=0)) == USER
+
+
+def _parts(marks: list[int], users: list[bool], T: int) -> tuple[list[tuple[int, int]], int]:
+    """(first token, pairs) of a conversation's parts, and how many turns were cut.
+
+    A part is as many whole turns as fit, and the next begins at a user's if any does. What does not fit, a turn or a question
+    with its answer, is cut: so that the answer is in one part with as much of the question's end as fits, if it fits itself.
+
+    Args:
+        marks: where turns begin, and the end of the last.
+        users: whether each is a user's.
+    """
+    parts: list[tuple[int, int]] = []
+    cut, i, last, begin = 0, 0, len(users), marks[0]
     while i < last:
+        answered = users[i] and i + 1 < last and not users[i + 1]
+        answer, end = (marks[i + 2] - marks[i + 1], marks[i + 2]) if answered else (0, marks[i + 1])
+        if end - begin - 1 > T:
+            cut += 1
+            stop = end - T - 1 if 0 < answer <= T else end - 1  # the last target of what is cut here
+            parts += [(start, min(T, stop - start)) for start in range(begin, stop, T)]
+            begin = stop
+            if stop == end - 1:
+                i, begin = i + 1 + answered, end
+            continue
         most = i + 1
-        while most < last and marks[most + 1] - marks[i] - 1 <= T:
+        while most < last and marks[most + 1] - begin - 1 <= T:
             most += 1
-        stop = most
-        if most < last and is_user is not None:
-            stop = next((j for j in range(most, i, -1) if is_user(marks[j], marks[j + 1])), most)
-        parts.append((marks[i], marks[stop]))
-        i = stop
-    return parts
+        stop = next((j for j in range(most, i, -1) if users[j]), most) if most < last else most
+        parts += [(begin, marks[stop] - begin - 1)] if marks[stop] - begin > 1 else []
+        i, begin = stop, marks[stop]
+    return parts, cut
+
+
+def _counting(pieces: Pieces, codes: Codes, weights: np.ndarray) -> np.ndarray:
+    """Whether any target of each piece, in order of their starts, counts: bool [p]."""
+    starts, stops = pieces.starts, pieces.starts + pieces.lengths + 1
+    found, first = np.zeros(len(starts), bool), 0
+    while first < len(starts):
+        last = max(int(np.searchsorted(starts, starts[first] + BLOCK_TOKENS)), first + 1)
+        base = int(starts[first])
+        before = np.concatenate([[0], np.cumsum(weights[codes(base, int(stops[last - 1]))] > 0)])
+        found[first:last] = before[stops[first:last] - base] > before[starts[first:last] + 1 - base]
+        first = last
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- best fit

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumina.config import Config, DataConfig
-from lumina.conversation import USER, loss_weights, named
+from lumina.conversation import loss_weights, named
 from lumina.data import Corpus, prepare_all
 from lumina.data.mixture import Course, Leg, Table, Turns
 from lumina.data.packing import FORMAT, kept, plan
@@ -141,17 +141,15 @@ def rows_of(
     if not np.any(np.diff(documents) > 1):
         raise DataError(f"{source}: no {side} document has two tokens; use more data, or a larger data.held_out")
     digest = corpus.manifest[side]["tokens_sha256"][:12]
+    counting = "text" if weights is None else "".join(str(int(weight > 0)) for weight in weights)
     packed = kept(
-        corpus.path / f"packed-{FORMAT}-{side}-{sequence_length}-{digest}",
-        lambda: plan(documents, sequence_length, turns, None if roles is None else lambda a, b: _is_user(roles.read(a, b))),
+        corpus.path / f"packed-{FORMAT}-{side}-{sequence_length}-{counting}-{digest}",
+        lambda: plan(documents, sequence_length, turns, None if roles is None else roles.read, weights),
     )
+    if not len(packed.rows) > 1:
+        raise DataError(f"{source}: data.loss_weights = {data.loss_weights!r} counts no token of its {side} conversations")
     say(f"{source}: {packed.report}")
     return PackedRows(stream, packed, roles, weights)
-
-
-def _is_user(codes: np.ndarray) -> bool:
-    """Whether the codes of a turn are a user's: beside markers, all are of one role."""
-    return int(codes.max(initial=0)) == USER
 
 
 def with_tokenizer(config: Config, path: str) -> Config:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lumina.data import packing
 from lumina.data.packing import best_fit, kept, load, plan
 from lumina.data.rows import Batches, PackedRows
 from tests.lumina.data.streams import END, Stream, documents
@@ -157,8 +158,8 @@ def conversations(shapes):
 
 def packed_conversations(shapes, T, weights=(0, 0, 0, 1, 1)):
     stream, ends, roles, turns = conversations(shapes)
-    made = plan(ends, T, turns, lambda start, stop: roles.read(start, stop).max() == USER)
-    return stream, roles, turns, PackedRows(stream, made, roles, np.array(weights, np.float32))
+    table = np.array(weights, np.float32)
+    return stream, roles, turns, PackedRows(stream, plan(ends, T, turns, roles.read, table), roles, table)
 
 
 SHAPES = st.lists(
@@ -174,20 +175,34 @@ def test_every_word_of_an_assistant_is_learned_once_and_none_of_a_user(shapes, T
     learned = batch["targets"][batch["weights"] > 0]
     expected = stream.tokens[(roles.tokens == ASSISTANT)]
     assert sorted(learned.tolist()) == expected.tolist()
+    assert (batch["weights"] > 0).any(axis=1).all()  # a batch without anything to learn has no loss
 
 
 @given(SHAPES, st.integers(4, 24))
 @settings(max_examples=60, deadline=None)
-def test_turns_that_fit_are_never_cut(shapes, T):
-    _, _, turns, rows = packed_conversations(shapes, T)
+def test_pieces_without_anything_to_learn_are_left_out_and_counted(shapes, T):
+    everything, few = (packed_conversations(shapes, T, weights)[-1].plan for weights in ((1, 1, 1, 1, 1), (0, 0, 0, 1, 1)))
+    assert everything.report.unlearned == 0
+    assert len(few.starts) + few.report.unlearned == len(everything.starts)
+
+
+@given(SHAPES, st.integers(4, 24))
+@settings(max_examples=60, deadline=None)
+def test_turns_that_fit_with_their_answer_are_never_cut(shapes, T):
+    _, _, turns, rows = packed_conversations(shapes, T, (1, 1, 1, 1, 1))
     made = rows.plan
-    inside = {0, *turns.tolist()}
-    lengths = [[count for _, count in shape] for shape in shapes]
-    long = sum(count + (n == len(shape) - 1) - 1 > T for shape in lengths for n, count in enumerate(shape))
-    assert made.report.cut_turns == long
+    long = 0
+    for shape in shapes:
+        sizes = [count + (n == len(shape) - 1) for n, (_, count) in enumerate(shape)]
+        roles = [role for role, _ in shape] + [USER]
+        answers = [*sizes[1:], 0]
+        for n, size in enumerate(sizes):
+            answered = roles[n] == USER and roles[n + 1] == ASSISTANT and n + 1 < len(sizes)
+            long += size + answered * answers[n] - 1 > T and sum(sizes) - 1 > T
+    assert (made.report.cut_turns > 0) == (long > 0)
     if not long:
-        assert set(made.starts.tolist()) <= inside
-    assert made.report.split_conversations == sum(sum(shape) > T for shape in lengths)
+        assert set(made.starts.tolist()) <= {0, *turns.tolist()}
+    assert made.report.split_conversations == sum(sum(count for _, count in shape) > T for shape in shapes)
     assert made.report.cut_documents == 0
 
 
@@ -202,12 +217,29 @@ def test_without_a_users_turn_to_begin_with_as_many_turns_as_fit_are_taken():
     assert sorted(rows.plan.starts.tolist()) == [0, 12]
 
 
-def test_a_turn_longer_than_a_row_is_cut_and_counted():
+def test_an_answer_longer_than_a_row_is_cut_from_its_question_on_and_counted():
     *_, rows = packed_conversations([[(USER, 3), (ASSISTANT, 30), (USER, 3), (ASSISTANT, 3)]], 8)
     report = rows.plan.report
-    assert (report.split_conversations, report.cut_turns) == (1, 1)
-    assert sorted(rows.plan.starts.tolist()) == [0, 3, 11, 19, 27, 33]
-    assert "1 turns longer than a row" in str(report)
+    assert (report.split_conversations, report.cut_turns, report.unlearned) == (1, 1, 0)
+    assert sorted(rows.plan.starts.tolist()) == [0, 8, 16, 24, 33]
+    assert "1 turns cut, longer than a row" in str(report)
+
+
+def test_as_much_of_a_long_question_as_fits_stays_with_its_answer():
+    shape = [(USER, 20), (ASSISTANT, 4), (USER, 3), (ASSISTANT, 3)]  # the answer is tokens 20 to 24
+    *_, rows = packed_conversations([shape], 8)
+    assert sorted(zip(rows.plan.starts.tolist(), rows.plan.lengths.tolist(), strict=True)) == [(15, 8), (24, 6)]
+    assert (rows.plan.report.cut_turns, rows.plan.report.unlearned) == (1, 2)
+    *_, rows = packed_conversations([shape], 8, weights=(0, 0, 1, 1, 1))
+    assert sorted(zip(rows.plan.starts.tolist(), rows.plan.lengths.tolist(), strict=True)) == [(0, 8), (8, 7), (15, 8), (24, 6)]
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**22])
+def test_what_counts_is_found_whatever_is_looked_at_at_once(monkeypatch, block):
+    monkeypatch.setattr(packing, "BLOCK_TOKENS", block)
+    *_, rows = packed_conversations([[(USER, 30), (ASSISTANT, 3)], [(USER, 3), (ASSISTANT, 40)]] * 5, 8)
+    assert rows.plan.report.unlearned == 20
+    assert (rows.gather(np.arange(len(rows)))["weights"] > 0).any(axis=1).all()
 
 
 def test_weights_are_those_of_the_words_that_are_targets():

@@ -20,6 +20,7 @@ from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console
+from tests.waiting import until
 
 VOCABULARY = 300
 
@@ -257,12 +258,20 @@ def test_kill_9_in_the_middle_and_again_gives_the_same_bytes(tmp_path):
     with subprocess.Popen([*command, str(killed)], env=environment, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(killed.glob("work/unit-*[0-9]")):
             time.sleep(0.005)
+        workers = _children(process.pid)
         process.kill()
     assert process.returncode == -signal.SIGKILL
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), lambda: f"{workers} go on without a parent")
     assert not (killed / "manifest.json").exists()
     for out in (killed, tmp_path / "whole"):
         subprocess.run([*command, str(out)], env=environment, check=True, stdout=subprocess.DEVNULL)
     assert digests(killed) == digests(tmp_path / "whole")
+
+
+def _children(pid):
+    """Its processes, where the system tells."""
+    listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in listed for child in children]
 
 
 def test_ray_makes_the_same_bytes(tmp_path, sources):
