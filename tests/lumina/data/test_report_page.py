@@ -13,7 +13,7 @@ from lumina.data.pipeline import Order
 from lumina.data.preparing import prepare_directory
 from lumina.data.recipe import Recipe
 from lumina.data.report_page import page, short
-from lumina.data.statistics import figures
+from lumina.data.statistics import figures, sampled_texts
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console
 
@@ -41,11 +41,11 @@ def text(i):
     }
 
 
-def prepared(directory, records, name="data.jsonl", recipe=Recipe()):  # noqa: B008
+def prepared(directory, records, name="data.jsonl", recipe=Recipe(), template="lumina"):  # noqa: B008
     directory.mkdir(exist_ok=True)
     source = directory / name
     source.write_text("".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in records))
-    order = Order((str(source),), recipe, 0.2, "lumina")
+    order = Order((str(source),), recipe, 0.2, template)
     asked = {"tokenizer": "bpe", "vocab_size": 300, "sample": 1e6, "max_bad": 0.5, "engine": "local"}
     prepare_directory(order, directory / "out", workers=0, console=Console(0, None), **asked)
     return directory / "out"
@@ -97,19 +97,16 @@ def test_figures_are_those_of_a_loop_over_the_tokens(corpora, kind, monkeypatch)
                 first = end
 
 
-def test_languages_are_told_from_words_and_not_from_headers(corpora):
-    corpus = open_corpus(corpora["conversation"])
-    found = figures(corpus)
-    assert found.sampled == corpus.manifest["train"]["documents"]
-    assert sum(found.languages.values()) == found.sampled
-    from lumina.data.statistics import sampled_texts
-
-    first = corpus.documents("train")[:2]
-    ids, codes = (stream.read(int(first[0]), int(first[1])) for stream in (corpus.train, corpus.roles("train")))
-    expected = corpus.tokenizer.decode_bytes(ids[codes != NONE].tolist()).decode()
-    assert sampled_texts(corpus)[0] == expected
-    assert "<|" not in expected
-    assert "squared" in expected
+def test_languages_are_told_from_words_and_not_from_headers(tmp_path):
+    corpus = open_corpus(prepared(tmp_path, map(chat, range(30)), template="instruct"))
+    texts = sampled_texts(corpus)
+    assert len(texts) == corpus.manifest["train"]["documents"]
+    for said in texts:
+        assert re.fullmatch(
+            rf"[:\s]*{re.escape(EVIL)} What is \d+ squared\?[:\s]*It is \d+\.([:\s]*Sure\?[:\s]*Yes\.)?\s*", said
+        )
+    assert "### Instruction" in corpus.tokenizer.decode(corpus.train.read(0, 30).tolist())
+    assert sum(figures(corpus).languages.values()) == len(texts)
 
 
 def test_packing_is_that_of_training(corpora):

@@ -97,6 +97,7 @@ def test_a_smaller_tokenizer_is_told_of(source, tmp_path, capsys):
 def test_sentencepiece_loses_nothing(pieces, text):
     ids = pieces.encode(text)
     assert pieces.decode(ids) == text
+    assert sum(pieces.token_bytes()[ids]) == len(text.encode())
     assert all(i < pieces.vocab_size - len(CONTROL_TOKENS) for i in ids)
 
 
