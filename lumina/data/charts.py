@@ -1,11 +1,13 @@
-"""Charts of a page as inline SVG: no script, no font, colours by the page's style, sized so that a phone shows their text."""
+"""Charts and tables of a page: inline SVG, no script, no font, colours by the page's style, legible on a phone."""
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 400, 200  # as drawn; a page shows it as wide as there is room
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 34
 LABELS = 9  # at most, along an axis
+_NUMBER = re.compile(r"([\d.,]+ ?(%|[KMBT]|MB)?)?")
 
 Point = tuple[float, float]
 
@@ -63,6 +65,34 @@ def strip(parts: Sequence[tuple[str, float]]) -> str:
 def share_bar(share: float) -> str:
     """A share as a bar in a table's cell."""
     return f'<span class=bar><span style="width:{100 * min(1.0, share):.2f}%"></span></span>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are markup already; columns of numbers stand to the right."""
+    right = [bool(rows) and all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
+    aligned = [" class=share" if each else "" for each in right] or [""] * len(head)
+    lines = [
+        "".join(f"<{tag}{where}>{cell}</{tag}>" for cell, where in zip(cells, aligned, strict=True))
+        for tag, cells in [("th", [escape(name) for name in head]), *(("td", row) for row in rows)]
+    ]
+    return f"<div class=wide><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
+
+
+def beside(*charts_and_captions: tuple[str, str]) -> str:
+    """Figures side by side where there is room, else below each other."""
+    made = "".join(f"<figure>{chart}<figcaption>{escape(says)}</figcaption></figure>" for chart, says in charts_and_captions)
+    return f"<div class=figures>{made}</div>"
+
+
+def short(number: int) -> str:
+    """1, 64, 1K, 512K, 1M: powers of two and of ten in few characters."""
+    for size, sign in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if number >= size and number % size == 0:
+            return f"{number // size}{sign}"
+    for size, sign in ((10**9, "G"), (10**6, "M"), (10**3, "K")):
+        if number >= size and number % size == 0:
+            return f"{number // size}{sign}"
+    return f"{number}"
 
 
 def _svg(parts: list[str], about: str, x_label: str) -> str:

@@ -5,8 +5,7 @@ N documents, V ids.
 
 import argparse
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from itertools import islice
 from pathlib import Path
@@ -30,8 +29,8 @@ WHOSE = {0: "headers", **{code: role for role, code in CODES.items()}, TEXT: "te
 FREQUENT, RARELY = 40, 20  # ids shown
 SAMPLES, SAMPLE_TOKENS = 5, 256  # documents shown, and of each
 LANGUAGES = 12
+SOURCES = 100
 CURVE_POINTS = 64
-_NUMBER = re.compile(r"([\d.,]+ ?(%|[KMBT]|MB)?)?")
 MOST_TURNS = 20  # conversations with more share a bar
 
 
@@ -121,10 +120,14 @@ def _sources(found: Figures) -> str:
             _percent(about["tokens"], total),
             charts.share_bar(about["tokens"] / total),
         ]
-        for name, about in sources.items()
+        for name, about in islice(sources.items(), SOURCES)
     ]
-    read = "".join(f"<li>{escape(line)}</li>" for line in found.corpus.manifest["source"]["formats"])
-    return _table(("source", "documents", "text", "tokens", "share", ""), rows) + f"<ul class=faint>{read}</ul>"
+    if len(sources) > SOURCES:
+        rows.append([f"and {len(sources) - SOURCES:,} more", "", "", "", "", ""])
+    lines = found.corpus.manifest["source"]["formats"]
+    told = [*lines[:SOURCES], *([f"and {len(lines) - SOURCES:,} more"] if len(lines) > SOURCES else [])]
+    read = "".join(f"<li>{escape(line)}</li>" for line in told)
+    return charts.table(("source", "documents", "text", "tokens", "share", ""), rows) + f"<ul class=faint>{read}</ul>"
 
 
 def _lengths(found: Figures) -> str:
@@ -133,22 +136,23 @@ def _lengths(found: Figures) -> str:
         of = five_numbers(sizes)
         five = [f"{of[name]:,}" for name in ("min", "lower_quartile", "median", "upper_quartile", "max")]
         rows.append([NAMES[side], *five, f"{of['mean']:,.0f}"])
-    head = ("tokens a document", "least", "quarter", "median", "three quarters", "most", "mean")
+    what = "side of a pair" if found.corpus.kind == PREFERENCE else "document"
+    head = (f"tokens a {what}", "least", "quarter", "median", "three quarters", "most", "mean")
     bins = {side: octaves(sizes) for side, sizes in found.sizes.items()}
     least, most = min(found_bins[0][0] for found_bins in bins.values()), max(found_bins[-1][0] for found_bins in bins.values())
     edges = [edge for edge in [0, *(2**e for e in range(64))] if least <= edge <= most]
     counts = {side: {low: count for low, _, count in found_bins} for side, found_bins in bins.items()}
     documents = {NAMES[side]: [of.get(edge, 0) / sum(of.values()) for edge in edges] for side, of in counts.items()}
     weights = {NAMES[side]: _weights(sizes, edges) for side, sizes in found.sizes.items()}
-    names = [short(edge) for edge in edges]
-    figure = _figures(
+    names = [charts.short(edge) for edge in edges]
+    figure = charts.beside(
         (
             charts.bars(names, documents, "documents by length", "tokens, from"),
             "Documents by their length; each bar takes in twice the range of the one before.",
         ),
         (charts.bars(names, weights, "tokens by length", "tokens, from"), "Tokens by the length of the document they are in."),
     )
-    return figure + _table(head, rows) + _packing(found)
+    return figure + charts.table(head, rows) + _packing(found)
 
 
 def _weights(sizes: np.ndarray, edges: list[int]) -> list[float]:
@@ -165,7 +169,7 @@ def _packing(found: Figures) -> str:
     count = max(1, len(found.sizes["train"]))
     rows = [[f"{length:,}", f"{100 * waste:.2f}%", f"{cut:,}", _percent(cut, count)] for length, waste, cut in found.packing]
     head = ("row length", "positions that stay empty", "documents cut", "of all")
-    return f"<h3>Packed in rows</h3><p class=faint>Best-fit packing of the training documents.</p>{_table(head, rows)}"
+    return f"<h3>Packed in rows</h3><p class=faint>Best-fit packing of the training documents.</p>{charts.table(head, rows)}"
 
 
 def _conversations(found: Figures) -> str:
@@ -186,7 +190,9 @@ def _conversations(found: Figures) -> str:
             name: list(np.bincount(np.minimum(c, last) - least, minlength=len(numbers)) / c.size) for name, c in turns.items()
         }
         names = [f"{number}+" if number == last < most else f"{number}" for number in numbers]
-        parts.append(_figures((charts.bars(names, shares, "turns a conversation", "turns"), "Conversations by their turns.")))
+        parts.append(
+            charts.beside((charts.bars(names, shares, "turns a conversation", "turns"), "Conversations by their turns."))
+        )
     if longer := chosen_longer(found.corpus):
         parts.append(
             f"<p>The chosen side is the longer one in {100 * longer['longer']:.1f}% of the training pairs; the medians are "
@@ -216,8 +222,8 @@ def _tokens(found: Figures) -> str:
     often = np.lexsort((np.arange(counts.size), -counts))[:FREQUENT]
     often = often[counts[often] > 0]
     seldom = rare[np.lexsort((rare, counts[rare]))][:RARELY]
-    parts = [_figures((_zipf(counts), "How often the ids occur, from the most frequent on; both axes grow by factors."))]
-    parts.append(_table(("", "", "share"), rows))
+    parts = [charts.beside((_zipf(counts), "How often the ids occur, from the most frequent on; both axes grow by factors."))]
+    parts.append(charts.table(("", "", "share"), rows))
     for title, ids in ((f"The {often.size} most frequent", often), (f"{seldom.size} of the rarest that occur", seldom)):
         chips = " ".join(f"<span class=chip><code>{shown.token(int(i))}</code>{escape(si(int(counts[i])))}</span>" for i in ids)
         parts.append(f"<h3>{title}</h3><p>{chips}</p>" if ids.size else "")
@@ -228,10 +234,15 @@ def _zipf(counts: np.ndarray) -> str:
     found = np.sort(counts[counts > 0])[::-1]
     ranks = np.unique(np.geomspace(1, max(1, found.size), CURVE_POINTS).astype(np.int64))
     points = [(math.log10(rank), math.log10(found[rank - 1])) for rank in ranks] or [(0.0, 0.0)]
-    across, up = math.ceil(points[-1][0]) or 1, math.ceil(points[0][1]) or 1
-    ticks = ({float(e): short(10**e) for e in range(0, most + 1, -(-most // 6))} for most in (across, up))
-    x_ticks, y_ticks = ticks
-    return charts.curve(points, "occurrences by rank", "rank", x_ticks, {**y_ticks, float(up): short(10**up)})
+    ends = (points[-1][0], points[0][1])
+    x_ticks, y_ticks = ({float(e): charts.short(10**e) for e in _powers(math.ceil(end) or 1)} for end in ends)
+    return charts.curve(points, "occurrences by rank", "rank", x_ticks, y_ticks)
+
+
+def _powers(most: int) -> range:
+    """At most seven powers from 0 to `most` or just above it, evenly spread."""
+    step = -(-most // 6)
+    return range(0, -(-most // step) * step + 1, step)
 
 
 def _languages(found: Figures) -> str:
@@ -244,10 +255,11 @@ def _languages(found: Figures) -> str:
     ]
     more = len(found.languages) - len(names)
     least = found.corpus.manifest["recipe"]["language_score"]
-    told = f"Of {found.sampled:,} of {len(found.sizes['train']):,} training documents, evenly spread; und is undetermined, "
+    what = "sides of pairs" if found.corpus.kind == PREFERENCE else "documents"
+    told = f"Of {found.sampled:,} of {len(found.sizes['train']):,} training {what}, evenly spread; und is undetermined, "
     told += f"below a probability of {least:g}. {f'{more} more languages are not shown. ' if more else ''}"
     told += f"{found.damaged:,} of them hold U+FFFD, which stands for lost characters."
-    return f"<p class=faint>{escape(told)}</p>{_table(('language', 'documents', 'share', ''), rows)}"
+    return f"<p class=faint>{escape(told)}</p>{charts.table(('language', 'documents', 'share', ''), rows)}"
 
 
 def _steps(found: Figures) -> str:
@@ -260,7 +272,7 @@ def _steps(found: Figures) -> str:
         parts.append(f"<details><summary>{step}: some of it</summary>{samples}</details>" if samples else "")
     if not rows:
         return "<p class=faint>There were no steps (--steps none).</p>"
-    return _table(("step", "changed", "removed"), rows) + "".join(parts)
+    return charts.table(("step", "changed", "removed"), rows) + "".join(parts)
 
 
 def _change(sample: dict[str, str]) -> str:
@@ -284,7 +296,7 @@ def _duplicates(found: Figures) -> str:
         count = sum(steps[step]["removed"].values())
         rows.append([what, f"{count:,} of {looked:,}", _percent(count, looked)])
         looked -= count
-    return _table(("", "removed", "share"), rows)
+    return charts.table(("", "removed", "share"), rows)
 
 
 def _rejects(found: Figures) -> str:
@@ -292,12 +304,16 @@ def _rejects(found: Figures) -> str:
     counts, read = manifest["rejects"]["counts"], manifest["records"]["read"]
     if not counts:
         return "<p>None.</p>"
-    parts = [_table(("why", "records", "share"), [[escape(kind), f"{n:,}", _percent(n, read)] for kind, n in counts.items()])]
+    parts = [
+        charts.table(("why", "records", "share"), [[escape(kind), f"{n:,}", _percent(n, read)] for kind, n in counts.items()])
+    ]
     rows = [
         [_name(each["name"]), escape(each["kind"]), f"<code>{escape(visible_text(each['sample']))}</code>"]
         for each in found.rejected
     ]
-    parts.append(f"<details><summary>the first of each kind</summary>{_table(('record', 'why', 'begins'), rows)}</details>")
+    parts.append(
+        f"<details><summary>the first of each kind</summary>{charts.table(('record', 'why', 'begins'), rows)}</details>"
+    )
     return "".join(parts)
 
 
@@ -336,22 +352,6 @@ def _coloured(pieces: Iterable[tuple[str, int]], whose: np.ndarray) -> Iterable[
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are markup already; columns of numbers stand to the right."""
-    right = [bool(rows) and all(_NUMBER.fullmatch(cell) for cell in column) for column in zip(*rows, strict=True)]
-    aligned = [" class=share" if each else "" for each in right] or [""] * len(head)
-    lines = [
-        "".join(f"<{tag}{where}>{cell}</{tag}>" for cell, where in zip(cells, aligned, strict=True))
-        for tag, cells in [("th", [escape(name) for name in head]), *(("td", row) for row in rows)]
-    ]
-    return f"<div class=wide><table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
-
-
-def _figures(*charts_and_captions: tuple[str, str]) -> str:
-    made = "".join(f"<figure>{chart}<figcaption>{escape(says)}</figcaption></figure>" for chart, says in charts_and_captions)
-    return f"<div class=figures>{made}</div>"
-
-
 def _name(name: str) -> str:
     return f"<span class=name>{escape(visible_name(name))}</span>"
 
@@ -364,17 +364,6 @@ def visible_name(name: str) -> str:
 def visible_text(text: str) -> str:
     """The same of a text, which keeps its lines."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
-def short(number: int) -> str:
-    """1, 64, 1K, 512K, 1M: powers of two and of ten in few characters."""
-    for size, sign in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
-        if number >= size and number % size == 0:
-            return f"{number // size}{sign}"
-    for size, sign in ((10**9, "G"), (10**6, "M"), (10**3, "K")):
-        if number >= size and number % size == 0:
-            return f"{number // size}{sign}"
-    return f"{number}"
 
 
 def _percent(part: Any, whole_: int) -> str:

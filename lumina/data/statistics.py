@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lumina.conversation import NONE
+from lumina.conversation import NONE, USER
 from lumina.data.corpus import SIDES, Corpus
 from lumina.data.pipeline import REJECTS, Meter, Say
 from lumina.data.records import PREFERENCE, TEXT
@@ -145,8 +145,9 @@ def _packing(corpus: Corpus) -> list[tuple[int, float, int]]:
     documents = np.asarray(corpus.documents("train"))
     if corpus.kind == PREFERENCE or len(documents) > PACKED_DOCUMENTS:
         return []
-    turns = None if corpus.kind == TEXT else np.asarray(corpus.turns("train"))
-    reports = [(length, plan(documents, length, turns).report) for length in PACKED]
+    turns, roles = None if corpus.kind == TEXT else np.asarray(corpus.turns("train")), corpus.roles("train")
+    is_user = None if roles is None else lambda start, stop: int(roles.read(start, stop).max(initial=0)) == USER
+    reports = [(length, plan(documents, length, turns, is_user).report) for length in PACKED]
     return [(length, found.waste, found.cut_documents + found.split_conversations) for length, found in reports]
 
 

@@ -6,16 +6,18 @@ import numpy as np
 import pytest
 
 from lumina.cli import run
+from lumina.config import DataConfig
 from lumina.conversation import ASSISTANT, NONE, USER
 from lumina.data import charts, packing
 from lumina.data.corpus import SIDES, open_corpus
 from lumina.data.pipeline import Order
 from lumina.data.preparing import prepare_directory
 from lumina.data.recipe import Recipe
-from lumina.data.report_page import page, short
+from lumina.data.report_page import page
 from lumina.data.statistics import figures, sampled_texts
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console
+from lumina.runs.text import rows_of
 
 EVIL = "<script>alert('x')</script>"
 
@@ -114,6 +116,18 @@ def test_packing_is_that_of_training(corpora):
     for length, waste, cut in figures(corpus).packing:
         report = packing.plan(np.asarray(corpus.documents("train")), length).report
         assert (waste, cut) == (report.waste, report.cut_documents)
+
+
+def test_conversations_are_packed_as_in_training(corpora, monkeypatch):
+    lengths = tuple(range(20, 60))
+    monkeypatch.setattr("lumina.data.statistics.PACKED", lengths)
+    corpus = open_corpus(corpora["conversation"])
+    told = figures(corpus).packing
+    reports = [rows_of(corpus, "train", DataConfig(rows="packed"), length).plan.report for length in lengths]
+    assert told == [(length, of.waste, of.split_conversations) for length, of in zip(lengths, reports, strict=True)]
+    documents, turns = np.asarray(corpus.documents("train")), np.asarray(corpus.turns("train"))
+    anywhere = [packing.plan(documents, length, turns).report.waste for length in lengths]
+    assert anywhere != [waste for _, waste, _ in told]  # where a user's turn begins matters here
 
 
 def test_unknown_tokens_are_counted(tmp_path):
@@ -226,7 +240,7 @@ def test_bars_are_as_high_as_their_shares():
 
 
 def test_powers_are_short():
-    assert [short(number) for number in (0, 1, 512, 1024, 2**19, 2**20, 10, 1000, 10**6)] == [
+    assert [charts.short(number) for number in (0, 1, 512, 1024, 2**19, 2**20, 10, 1000, 10**6)] == [
         *("0", "1", "512", "1K", "512K", "1M", "10", "1K", "1M")
     ]
 
