@@ -165,7 +165,8 @@ def train_tokenizer(
     from lumina.tokenizer import train_bpe
 
     share = training_share(orders, sample)
-    say(f"training a tokenizer of {vocab_size:,} ids on {share * sum(each.bytes for _, each in orders) / 1e6:,.1f} MB")
+    if total := sum(planned.bytes for _, planned in orders):
+        say(f"training a tokenizer of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
     tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra)
     for order, planned in orders:
         require_unchanged(order, planned)
