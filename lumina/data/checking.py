@@ -94,7 +94,7 @@ def check(
     planned = plan(sources, recipe, say)
     looked = Survey(planned, recipe, limit, say)
     chosen, sample = looked.chosen(), looked.sample()
-    say(f"languages and quality of {len(sample):,} documents")
+    say(f"languages and quality of {_count(len(sample), 'document')}")
     found: dict[str, Any] = {
         "sources": list(sources),
         "formats": planned.formats,

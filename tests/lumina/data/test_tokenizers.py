@@ -1,5 +1,6 @@
 import json
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -41,20 +42,20 @@ def pieces():
 
 
 def merges_made(texts, ranks):
-    """How often each merge of `ranks` is made, one after the other, over all pieces of all texts."""
+    """How often the pair of each merge of `ranks` is there when its turn comes, and how often it is merged."""
     split = [[bytes([byte]) for byte in piece.encode()] for text in texts for piece in regex.findall(GPT4_PATTERN, text)]
-    made = []
+    there, made = [], []
     for token in ranks[256:]:
-        count = 0
+        there.append(sum(one + two == token for parts in split for one, two in pairwise(parts)))
+        made.append(0)
         for parts in split:
-            place_ = 0
-            while place_ + 1 < len(parts):
-                if parts[place_] + parts[place_ + 1] == token:
-                    parts[place_ : place_ + 2] = [token]
-                    count += 1
-                place_ += 1
-        made.append(count)
-    return made
+            at = 0
+            while at + 1 < len(parts):
+                if parts[at] + parts[at + 1] == token:
+                    parts[at : at + 2] = [token]
+                    made[-1] += 1
+                at += 1
+    return there, made
 
 
 # ---------------------------------------------------------------------------------------------------- least frequency
@@ -62,17 +63,20 @@ def merges_made(texts, ranks):
 
 @pytest.mark.parametrize("least", [2, 7, 40, 10**6])
 def test_rare_merges_are_left_out_as_counted_merge_by_merge(least):
-    full = train_bpe(TEXTS, 256 + 300, smaller=True)
+    texts = [*TEXTS, "-" * 45 + "\n" + "=" * 19 + "\n\n\n"] * 2
+    full = train_bpe(texts, 256 + 300, smaller=True)
     ranks = [full.decode_bytes([i]) for i in range(full.vocab_size - len(CONTROL_TOKENS))]
-    made = merges_made(TEXTS, ranks)
-    kept = next((number for number, count in enumerate(made) if count < least), len(made))
-    found = frequent_bpe(full, [TEXTS[:50], TEXTS[50:]], least)
-    assert found.vocab_size == 256 + kept + len(CONTROL_TOKENS)
+    there, made = merges_made(texts, ranks)
+    assert there == sorted(there, reverse=True)
+    found = frequent_bpe(full, [texts[:50], texts[50:]], least)
+    kept = found.vocab_size - 256 - len(CONTROL_TOKENS)
     assert [found.decode_bytes([i]) for i in range(256 + kept)] == ranks[: 256 + kept]
-    assert found.name == f"bpe-{found.vocab_size}"
+    assert all(count >= least for count in there[:kept])
+    assert all(count < least for count in made[kept:])
+    if least == 7:
+        assert any(count < least for count in made[:kept])  # runs, whose pairs overlap
     if 0 < kept < len(made):
-        smaller = train_bpe(TEXTS, found.vocab_size)
-        assert smaller.fingerprint == found.fingerprint
+        assert train_bpe(texts, found.vocab_size).fingerprint == found.fingerprint
 
 
 def test_control_tokens_stay_when_merges_go():
