@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from lumina.data.cleaning import steps
-from lumina.data.duplicates import NearDuplicates, bands, exact_key, signature
-from lumina.data.language import detect
-from lumina.data.quality import fault
+from lumina.data.cleaning.duplicates import NearDuplicates, bands, exact_key, signature
+from lumina.data.cleaning.language import detect
+from lumina.data.cleaning.quality import fault
+from lumina.data.cleaning.steps import steps
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document
 from lumina.errors import exit_with

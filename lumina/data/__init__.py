@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from lumina.config import DataConfig
 from lumina.data.corpus import FORMAT, TOKENIZER, Corpus, is_prepared, open_corpus
-from lumina.data.pipeline import Order, fill, require_fits, told, train_tokenizer
-from lumina.data.readers import Plan, plan, read
+from lumina.data.preparing.pipeline import Order, fill, require_fits, told, train_tokenizer
+from lumina.data.reading.readers import Plan, plan, read
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document
 from lumina.data.rows import Batches, Rows
@@ -54,7 +54,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
     """The corpus of each source, a prepared directory or comma-separated files and names, with one tokenizer for all.
 
     Args:
-        sources: see `lumina.data.readers.plan`.
+        sources: see `lumina.data.reading.readers.plan`.
         data: tokenizer, split and template. A `bpe` tokenizer is trained on the training documents of all sources, unless one
             is a prepared directory, which has its own.
         vocab_size: the model's; a `bpe` tokenizer gets this many ids, any other must have at most as many.

@@ -4,11 +4,14 @@ import argparse
 import importlib
 
 ACTIONS = {  # name -> module and what it does
-    "prepare": ("preparing", "files, directories or datasets -> a directory of token shards to train on"),
-    "show": ("show", "a record of a file as it is learned: turns, ids and loss weights"),
-    "check": ("checking", "whether files can be trained on, and how good they are"),
-    "report": ("report_page", "a page on a prepared directory: lengths, sources, languages, duplicates, tokens, samples"),
-    "tokenizer": ("tokenizers", "train a tokenizer, and compare it with others on text it has not seen"),
+    "prepare": ("preparing.directory", "files, directories or datasets -> a directory of token shards to train on"),
+    "show": ("reports.show", "a record of a file as it is learned: turns, ids and loss weights"),
+    "check": ("reports.checking", "whether files can be trained on, and how good they are"),
+    "report": (
+        "reports.report_page",
+        "a page on a prepared directory: lengths, sources, duplicates, tokens, samples",
+    ),
+    "tokenizer": ("reports.tokenizers", "train a tokenizer, and compare it with others on text it has not seen"),
 }
 
 

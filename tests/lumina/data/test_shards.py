@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lumina.config import DataConfig
 from lumina.data import prepare, shards
 from lumina.data.corpus import open_corpus
-from lumina.data.readers import plan
+from lumina.data.reading.readers import plan
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.data.shards import ShardWriter, TokenStream

@@ -1,0 +1,1 @@
+"""Steps that change documents or remove them."""

@@ -1,0 +1,1 @@
+"""From documents to a directory of token shards and an index."""

@@ -1,0 +1,197 @@
+"""`lumina data prepare`: a directory that is one order's, made in one go or in several."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumina.conversation import TEMPLATES
+from lumina.data.corpus import FORMAT, MANIFEST, SIDES, TOKENIZER, is_prepared
+from lumina.data.preparing.pipeline import WORK, Order, fill, save_whole, train_tokenizer
+from lumina.data.reading.readers import Plan, plan, spool
+from lumina.data.recipe import add_recipe, recipe_of
+from lumina.errors import ConfigError, UsageError
+from lumina.runs.console import Console, table
+from lumina.runs.directory import flat, replace_file
+from lumina.runs.lock import RunLock
+from lumina.runs.units import si
+
+if TYPE_CHECKING:
+    from lumina.tokenizer import Tokenizer
+
+HELD_OUT, VOCAB_SIZE = 0.02, 32_768
+ORDER = "order.json"  # in the work directory: whose work it is
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Define the options."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what to make; the same command goes on")
+    parser.add_argument(
+        "--tokenizer", default="bpe", help="bpe, trained on the sources; gpt2, cl100k_base, o200k_base, a file, or a directory"
+    )
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=f"ids of bpe (default: {VOCAB_SIZE:,})")
+    parser.add_argument("--tokenizer-sample-mb", type=float, default=500.0, help="text that bpe is trained on (default: 500)")
+    parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
+    parser.add_argument("--held-out", type=float, default=HELD_OUT, help=f"fraction kept for evaluation (default: {HELD_OUT})")
+    parser.add_argument("--max-bad", type=float, default=0.5, help="stop above this share of rejected records (default: 0.5)")
+    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: this one)")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where units are made (default: local)")
+    parser.add_argument("--json", action="store_true", help="the manifest's counts as one JSON object on stdout")
+    add_recipe(parser)
+
+
+def tell(arguments: argparse.Namespace) -> None:
+    """Run the command. Raises as `prepare_directory`, and UsageError for an option that cannot be."""
+    recipe = recipe_of(arguments)
+    for flag, value, good, works in (
+        ("--held-out", arguments.held_out, 0 < arguments.held_out < 1, "must be between 0 and 1"),
+        ("--max-bad", arguments.max_bad, 0 <= arguments.max_bad <= 1, "must be from 0 to 1"),
+        ("--workers", arguments.workers, arguments.workers is None or arguments.workers >= 0, "must be at least 0"),
+    ):
+        if not good:
+            raise UsageError(f"{flag} = {value}: {works}")
+    console = Console(0)
+    workers = os.cpu_count() or 1 if arguments.workers is None else arguments.workers
+    order = Order(tuple(arguments.sources), recipe, arguments.held_out, arguments.template)
+    manifest = prepare_directory(
+        order,
+        arguments.out,
+        tokenizer=arguments.tokenizer,
+        vocab_size=arguments.vocab_size,
+        sample=arguments.tokenizer_sample_mb * 1e6,
+        max_bad=arguments.max_bad,
+        workers=workers,
+        engine=arguments.engine,
+        console=console,
+    )
+    console.done()
+    if arguments.json:
+        print(json.dumps({name: manifest[name] for name in ("kind", "records", "rejects", "steps", "sources")}))
+        return
+    print(summary(manifest, arguments.out))
+
+
+def summary(manifest: dict[str, Any], path: Path) -> str:
+    """What a prepared directory holds, and what became of every record."""
+    records, steps = manifest["records"], manifest["steps"]
+    rows = [
+        ("directory", str(path)),
+        ("sources", "\n".join(manifest["source"]["formats"])),
+        ("records", f"{records['read']:,} read, {records['kept']:,} kept ({manifest['kind']})"),
+    ]
+    rows += [("rejected", f"{count:,} {kind}") for kind, count in manifest["rejects"]["counts"].items()]
+    for step, about in steps.items():
+        told = [f"{about['changed']:,} changed"] if about["changed"] else []
+        told += [f"{count:,} removed: {reason}" for reason, count in about["removed"].items()]
+        rows.append((step, "\n".join(told) or "nothing changed or removed"))
+    for side in SIDES:
+        of = manifest[side]
+        size = f"{of['bytes'] / 1e6:,.1f} MB, {si(of['tokens'])} tokens"
+        rows.append((side.replace("_", " "), f"{of['documents']:,} documents, {size}"))
+    size, tokens = (sum(manifest[side][what] for side in SIDES) for what in ("bytes", "tokens"))
+    rows.append(("tokenizer", f"{manifest['tokenizer']['name']}, {size / tokens:.2f} bytes a token"))
+    return table(rows)
+
+
+def prepare_directory(
+    order: Order,
+    out: Path,
+    tokenizer: str,
+    vocab_size: int,
+    sample: float,
+    max_bad: float,
+    workers: int,
+    engine: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Make `out` a prepared directory, or go on with it; returns its manifest.
+
+    Args:
+        tokenizer: bpe, or what `lumina.tokenizer.load_tokenizer` takes.
+        vocab_size, sample: of a bpe that is trained: its ids, and the bytes of text it is trained on.
+        max_bad: share of rejected records above which nothing is made.
+
+    Raises:
+        UsageError: `out` holds something else, or is in use.
+        DataError: the sources cannot be used, or are mostly bad.
+        ConfigError: there is no such template.
+    """
+    if order.template not in TEMPLATES:
+        raise ConfigError(f"--template {order.template}: there is no such template; there are {', '.join(TEMPLATES)}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; choose a directory")
+    work = out / WORK
+    out.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(out / ".lock")
+    try:
+        work.mkdir(exist_ok=True)
+        order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
+        planned = plan(order.sources, order.recipe, console.status)
+        for line in planned.formats:
+            console.say(line)
+        identity = _identity(order, planned, tokenizer, vocab_size, sample)
+        if is_prepared(out):
+            manifest = json.loads((out / MANIFEST).read_bytes())
+            _require_same(out, manifest["order"], identity)
+            console.say(f"{out}: is prepared already, nothing was to do")
+            return manifest
+        if (work / ORDER).is_file():
+            _require_same(out, json.loads((work / ORDER).read_bytes()), identity)
+            console.say(f"{out}: going on with what is done")
+        elif [path.name for path in out.iterdir() if path.name not in (WORK, ".lock")]:
+            raise UsageError(f"{out}: is not empty, and no prepared directory; choose another --out")
+        replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+        made = _tokenizer(order, planned, tokenizer, vocab_size, sample, work, console)
+        return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+    except OSError as error:
+        works = "free disk space, or mend it, and the same command goes on"
+        raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
+    finally:
+        lock.release()
+        if not (work / ORDER).is_file():
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _identity(order: Order, planned: Plan, tokenizer: str, vocab_size: int, sample: float) -> dict[str, Any]:
+    """All that decides the bytes."""
+    against = [spec.strip() for spec in order.recipe.against.split(",") if spec.strip()]
+    trained = {"vocab_size": vocab_size, "sample": sample} if tokenizer == "bpe" else {}
+    return {
+        "format": FORMAT,
+        "fingerprint": planned.fingerprint,
+        "recipe": asdict(order.recipe),
+        "against": plan(against, order.recipe).fingerprint if against else "",
+        "held_out": order.held_out,
+        "template": order.template,
+        "tokenizer": {"spec": tokenizer, **trained},
+    }
+
+
+def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    then, new = flat(before), flat(now)
+    changed = [
+        f"{name}: {then.get(name)!r} -> {new.get(name)!r}" for name in {**then, **new} if then.get(name) != new.get(name)
+    ]
+    if changed:
+        raise UsageError(f"{out}: holds another order's work ({'; '.join(changed)}); choose another --out, or delete it")
+
+
+def _tokenizer(
+    order: Order, planned: Plan, spec: str, vocab_size: int, sample: float, work: Path, console: Console
+) -> "Tokenizer":
+    from lumina.tokenizer import load_tokenizer
+
+    extra = TEMPLATES[order.template].extra
+    if (work / TOKENIZER).is_dir():
+        return load_tokenizer(str(work / TOKENIZER), extra)
+    if spec == "bpe":
+        made = train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
+    else:
+        made = load_tokenizer(spec, extra)
+    save_whole(made, work / TOKENIZER)
+    return made

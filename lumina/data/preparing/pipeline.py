@@ -1,0 +1,290 @@
+"""Sources -> a prepared directory: plan, tokenizer, units, merge, manifest. The same command goes on where it was stopped."""
+
+import json
+import shutil
+import time
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
+from lumina.data.preparing import engines, merge
+from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
+from lumina.data.reading.readers import Plan, plan
+from lumina.data.recipe import Recipe
+from lumina.data.shards import token_dtype
+from lumina.errors import ConfigError, DataError
+from lumina.runs.steps import sync_directory, sync_files
+from lumina.runs.units import duration, si
+
+if TYPE_CHECKING:
+    from lumina.tokenizer import Tokenizer
+
+WORK = "work"  # in a directory that is being prepared: what is done so far
+REJECTS = "rejects.jsonl"
+ENOUGH = 1000  # records after which a share is one
+SAY_SECONDS = 2.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for."""
+
+    sources: tuple[str, ...]
+    recipe: Recipe
+    held_out: float  # fraction of the documents
+    template: str  # of conversations
+
+    def __str__(self) -> str:
+        return ", ".join(self.sources)
+
+
+def fill(
+    order: Order,
+    planned: Plan,
+    tokenizer: "Tokenizer",
+    directory: Path,
+    workers: int,
+    engine: str,
+    say: Say,
+    identity: dict[str, Any] | None = None,
+    max_bad: float = 1.0,
+) -> dict[str, Any]:
+    """Make `directory` a prepared one, the manifest last, which is returned; its part WORK has what was done before a stop.
+
+    Args:
+        identity: what decides the bytes, for the manifest.
+        max_bad: share of rejected records above which it stops.
+
+    Raises:
+        DataError: no document is left, or none on a side of the split, or most are bad, or a source changed meanwhile.
+        UsageError: a worker was killed.
+    """
+    work = directory / WORK
+    if not (work / TOKENIZER).is_dir():
+        save_whole(tokenizer, work / TOKENIZER)
+    job = Job(order.recipe, str(work / TOKENIZER), order.template, str(work))
+    for left in work.glob("*.part-*"):
+        shutil.rmtree(left)
+    _make_units(order, planned, job, workers, engine, say, max_bad, directory)
+    shards = directory / f"{WORK}-shards"
+    shutil.rmtree(shards, ignore_errors=True)
+    shards.mkdir()
+    units = [(unit.spec, directory_of(unit, job)) for unit in planned.units]
+    meter = Meter("merged", 0, say)
+    vocab_size = tokenizer.vocab_size
+    merged = merge.merge(units, order.recipe, order.held_out, vocab_size, token_dtype(vocab_size), shards, meter.at)
+    require_unchanged(order, planned)
+    account = Account()
+    for _, path in units:  # in order: which samples stay does not depend on which worker was first
+        account.add(read_account(path))
+    account.add(merged.account)
+    account.kept -= sum(sum(reasons.values()) for reasons in merged.account.removed.values())
+    manifest = _manifest(order, planned, tokenizer, account, merged) | ({"order": identity} if identity else {})
+    tokenizer.save(shards / TOKENIZER)
+    _write_rejects(account, shards)
+    (shards / "samples.json").write_text(json.dumps(account.samples, indent=1) + "\n", encoding="utf-8")
+    (shards / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    sync_files(shards)
+    for path in sorted(shards.iterdir(), key=lambda path: path.name == MANIFEST):  # the manifest makes it whole
+        _replace(path, directory / path.name)
+    sync_directory(directory)
+    shards.rmdir()
+    shutil.rmtree(work)
+    train, held_out = merged.sides.values()
+    documents, size = train["documents"] + held_out["documents"], (train["bytes"] + held_out["bytes"]) / 1e6
+    say(f"{order}: {documents:,} documents, {size:,.1f} MB, of which {held_out['documents']:,} held out")
+    return manifest
+
+
+def require_unchanged(order: Order, planned: Plan) -> None:
+    """Raise a DataError where the sources are no longer what was planned, so that what was made is neither old nor new."""
+    if plan(order.sources, order.recipe).fingerprint != planned.fingerprint:
+        raise DataError(f"{order}: changed while it was being read; run again when it rests")
+
+
+def _make_units(
+    order: Order, planned: Plan, job: Job, workers: int, engine: str, say: Say, max_bad: float, directory: Path
+) -> None:
+    account, meter = Account(), Meter("tokenised", planned.bytes, say)
+    for result in engines.run(planned.units, job, workers if len(planned.units) > 1 else 0, engine):
+        if result:
+            unit, made = result
+            account.add(made)
+            meter.add(unit.bytes, made.tokens, made.kept)
+        meter.tick()
+        if account.read >= ENOUGH:
+            _require_mostly_good(order, account, max_bad, directory)
+    _require_mostly_good(order, account, max_bad, directory)
+    if not account.kept:
+        raise DataError(f"{order}: holds no document{_why_none(account)}")
+
+
+def _require_mostly_good(order: Order, account: Account, max_bad: float, directory: Path) -> None:
+    bad = sum(account.rejects.values())
+    if bad > max_bad * account.read:
+        _write_rejects(account, directory)
+        raise DataError(
+            f"{order}: {bad:,} of {account.read:,} records are bad, above --max-bad {max_bad:g}{_why_none(account)}; "
+            f"see {directory / REJECTS}, mend them, or raise --max-bad"
+        )
+
+
+def _replace(path: Path, to: Path) -> None:
+    if to.is_dir():
+        shutil.rmtree(to)
+    path.rename(to)
+
+
+def _why_none(account: Account) -> str:
+    return f": {told({'rejects': _rejects(account), 'steps': _steps(account, tuple(account.removed))})}" if account.read else ""
+
+
+def told(manifest: dict[str, Any]) -> str:
+    """In one line which records of a corpus were not kept, and why; empty where all were."""
+    counts, examples = manifest["rejects"]["counts"], manifest["rejects"]["examples"]
+    total, kinds = sum(counts.values()), ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    says = [f"{total:,} record{'s' if total > 1 else ''} rejected: {kinds}; such as {'; '.join(examples[:3])}"] if total else []
+    removed = {step: sum(about["removed"].values()) for step, about in manifest["steps"].items()}
+    if any(removed.values()):
+        says.append(f"removed: {', '.join(f'{count:,} by {step}' for step, count in removed.items() if count)}")
+    return "; ".join(says)
+
+
+def train_tokenizer(
+    orders: Sequence[tuple[Order, Plan]], vocab_size: int, extra: tuple[str, ...], sample: float, say: Say
+) -> "Tokenizer":
+    """Byte-level BPE of the training documents of all sources, or of about `sample` bytes of them, spread evenly.
+
+    Raises DataError where there are none, or all are on one side of the split, or a source changes meanwhile.
+    """
+    from lumina.tokenizer import train_bpe
+
+    share = training_share(orders, sample)
+    if total := sum(planned.bytes for _, planned in orders):
+        say(f"training a tokenizer of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
+    tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra)
+    for order, planned in orders:
+        require_unchanged(order, planned)
+    return tokenizer
+
+
+def training_share(orders: Sequence[tuple[Order, Plan]], sample: float) -> float:
+    """The share of the documents that holds about `sample` bytes, or, where that is 0, as much as can be trained on."""
+    from lumina.tokenizer import MOST_TRAINING_BYTES
+
+    total = sum(planned.bytes for _, planned in orders)
+    return min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
+
+
+def training_texts(
+    orders: Sequence[tuple[Order, Plan]], share: float, say: Say, held_out: Callable[[str, float], None] | None = None
+) -> Iterator[str]:
+    """The texts of a share of the training documents, chosen by nothing but their text.
+
+    `held_out` is given each text on the other side, with its place there from 0 to 1. Raises DataError, in the end, where there
+    is no document, or where all are on one side of the split.
+    """
+    account, places = Account(), array("d")
+    meter = Meter("read for the tokenizer", sum(planned.bytes for _, planned in orders), say)
+    for order, planned in orders:
+        least = order.held_out
+        for unit in planned.units:
+            for document in cleaned(unit, order.recipe, account):
+                places.append(where := document.place)
+                if where >= least and (where - least) / (1 - least) <= share:
+                    yield document.text
+                elif where < least and held_out:
+                    held_out(document.text, where / least)
+            meter.add(unit.bytes, 0, len(places) - meter.documents)
+            meter.tick()
+    if not places:
+        raise DataError(f"{', '.join(str(order) for order, _ in orders)}: holds no document{_why_none(account)}")
+    merge.require_both_sides(places, orders[0][0].held_out)
+
+
+def require_fits(tokenizer: "Tokenizer", vocab_size: int) -> None:
+    """Raise a ConfigError where the model has fewer ids."""
+    if tokenizer.vocab_size > vocab_size:
+        least = f"must be at least tokenizer {tokenizer.name}'s {tokenizer.vocab_size}"
+        raise ConfigError(f"model.vocab_size = {vocab_size}: {least}")
+
+
+# ---------------------------------------------------------------------------------------------------------- written
+
+
+def save_whole(tokenizer: "Tokenizer", path: Path) -> None:
+    """Save it there, all at once."""
+    making = path.with_name(f"{path.name}.part-0")
+    shutil.rmtree(making, ignore_errors=True)
+    making.mkdir(parents=True)
+    tokenizer.save(making)
+    sync_files(making)
+    making.rename(path)
+
+
+def _manifest(order: Order, planned: Plan, tokenizer: "Tokenizer", account: Account, merged: merge.Merged) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "kind": merged.kind,
+        "source": {"spec": ",".join(order.sources), "fingerprint": planned.fingerprint, "formats": planned.formats},
+        "recipe": asdict(order.recipe),
+        "template": order.template,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "held_out_fraction": order.held_out,
+        "document_end_id": tokenizer.control[DOCUMENT_END],
+        **merged.sides,
+        "sources": merged.sources,
+        "records": {"read": account.read, "kept": account.kept},
+        "rejects": _rejects(account),
+        "steps": _steps(account, order.recipe.named_steps),
+    }
+
+
+def _write_rejects(account: Account, directory: Path) -> None:
+    with open(directory / REJECTS, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(each) + "\n" for each in account.rejected)
+
+
+def _rejects(account: Account) -> dict[str, Any]:
+    examples = [f"{each['name']}: {each['kind']}" for each in account.rejected]
+    return {"counts": dict(sorted(account.rejects.items())), "examples": examples}
+
+
+def _steps(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
+    removed = {step: dict(sorted(account.removed.get(step, {}).items())) for step in names}
+    return {step: {"changed": account.changed.get(step, 0), "removed": removed[step]} for step in names}
+
+
+class Meter:
+    """How far it is: a line every two seconds, with the rate and what is left."""
+
+    def __init__(self, what: str, size: int, say: Say):
+        self.what, self.size, self.say = what, size, say
+        self.done, self.tokens, self.documents = 0, 0, 0
+        self.began = self.said = time.monotonic()
+
+    def add(self, size: int, tokens: int, documents: int) -> None:
+        self.done, self.tokens, self.documents = self.done + size, self.tokens + tokens, self.documents + documents
+
+    def at(self, done: int, size: int) -> None:
+        """So many of so many tokens."""
+        self.tokens, self.done, self.size = done, 2 * done, 2 * size
+        self.tick()
+
+    def tick(self) -> None:
+        """Say it, if it is time."""
+        now = time.monotonic()
+        if now - self.said < SAY_SECONDS:
+            return
+        self.said, seconds = now, now - self.began
+        rate = self.done / seconds
+        left = f", {duration((self.size - self.done) / rate)} left" if rate else ""
+        tokens = f", {si(self.tokens / seconds)} tokens/s" if self.tokens else ""
+        documents = f"{self.documents:,} documents, " if self.documents else ""
+        size = f"{self.done / 1e6:,.1f} of {self.size / 1e6:,.1f} MB"
+        self.say(f"{self.what} {documents}{size}, {rate / 1e6:,.1f} MB/s{tokens}{left}")

@@ -1,0 +1,1 @@
+"""From files, datasets and the standard library to documents, a unit of work at a time."""

@@ -1,0 +1,1 @@
+"""What data are like, before and after preparation; tokenizers beside each other."""

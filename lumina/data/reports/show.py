@@ -1,0 +1,197 @@
+"""`lumina data show`: a record of a file as the tokens that training sees, their ids and the weight of each in the loss."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TEXT, loss_weights, named, render
+from lumina.data.reading.readers import plan, read
+from lumina.data.recipe import add_recipe, recipe_of
+from lumina.data.records import PREFERENCE, Document, Reject, Turn
+from lumina.errors import DataError, UsageError
+from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, train_bpe
+
+MOST = 1000  # tokens of a side that are printed; --json has them all
+SAMPLE_RECORDS, SAMPLE_CHARACTERS = 200, 2**20  # that a tokenizer is trained on where none is named
+VOCABULARIES = (4096, 1024, 512, 384)  # the largest that so little text is enough for
+WIDEST = 128
+NAMES = {NONE: "none", TEXT: "text"} | {code: role for role, code in CODES.items()}
+GREY, GREEN, YELLOW, PLAIN = "\x1b[90m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Define the options."""
+    parser.add_argument("file", metavar="FILE", help="or another source: a directory, a glob, stdlib, docstrings, preferences")
+    parser.add_argument("--record", type=int, default=1, metavar="N", help="which one, rejected ones counted (default: 1)")
+    parser.add_argument("--template", default="lumina", help=f"of conversations: {', '.join(TEMPLATES)} (default: lumina)")
+    parser.add_argument(
+        "--tokenizer", default="", help="as in training; without one, a small one is trained on the first records"
+    )
+    parser.add_argument(
+        "--loss-weights",
+        default=DEFAULT_LOSS_WEIGHTS,
+        help=f"of roles, as assistant=1.5,user=1 (default: {DEFAULT_LOSS_WEIGHTS})",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    add_recipe(parser)
+
+
+def tell(arguments: argparse.Namespace) -> None:
+    """Print the record. Raises UsageError, ConfigError and DataError for what cannot be."""
+    if arguments.record < 1:
+        raise UsageError(f"--record {arguments.record}: the first is 1")
+    weights, form = loss_weights(arguments.loss_weights), named(arguments.template)
+    record, documents = _found(arguments)
+    if isinstance(record, Reject):
+        found: dict[str, Any] = {"name": record.name, "kind": "rejected", "why": record.kind, "sample": record.sample}
+    else:
+        tokenizer = load_tokenizer(arguments.tokenizer, form.extra) if arguments.tokenizer else _small(documents, form.extra)
+        found = shown(record, tokenizer, arguments.template, weights)
+    if arguments.json:
+        print(json.dumps(found))
+    else:
+        print(text(found, _is_coloured(), shutil.get_terminal_size((WIDEST, 24)).columns))
+
+
+def _found(arguments: argparse.Namespace) -> tuple[Document | Reject, list[Document]]:
+    """The record that is asked for, and the first documents, which a tokenizer can be trained on."""
+    documents: list[Document] = []
+    found: Document | Reject | None = None
+    number = 0
+    for number, record in enumerate(_records(arguments), start=1):
+        found = record if number == arguments.record else found
+        if number <= SAMPLE_RECORDS and isinstance(record, Document):
+            documents.append(record)
+        if number >= arguments.record and (arguments.tokenizer or number >= SAMPLE_RECORDS):
+            break
+    if found is None:
+        raise UsageError(f"--record {arguments.record}: {arguments.file} has {number:,}")
+    return found, documents or [found] if isinstance(found, Document) else documents
+
+
+def _records(arguments: argparse.Namespace) -> Iterator[Document | Reject]:
+    recipe = recipe_of(arguments)
+    for unit in plan([arguments.file], recipe).units:
+        yield from read(unit, recipe)
+
+
+def _small(documents: list[Document], extra: tuple[str, ...]) -> Tokenizer:
+    """A tokenizer of a vocabulary that the documents are enough for; of bytes where they are enough for none."""
+    texts, characters = [], 0
+    for document in documents:
+        texts.append(document.text[: SAMPLE_CHARACTERS - characters])
+        characters += len(texts[-1])
+    for size in VOCABULARIES:
+        try:
+            return train_bpe(texts, size, f"bpe-{size} trained on the first records", extra)
+        except DataError:  # too few pairs
+            continue
+    return train_bpe([], 256 + len(CONTROL_TOKENS) + len(extra), "of bytes, as there is little text", extra)
+
+
+# ----------------------------------------------------------------------------------------------------------- gathering
+
+
+def shown(document: Document, tokenizer: Tokenizer, template: str, weights: np.ndarray) -> dict[str, Any]:
+    """A document's tokens, as plain values: of a preference the chosen side, then the rejected one."""
+    sides = {"chosen": document.turns, "rejected": document.rejected} if document.kind == PREFERENCE else {"": document.turns}
+    return {
+        "name": document.name,
+        "kind": document.kind,
+        "template": template if document.turns else "",
+        "tokenizer": tokenizer.name,
+        "loss_weights": {NAMES[code]: float(weight) for code, weight in enumerate(weights)},
+        "sides": [{"side": side, **_side(document, turns, tokenizer, template, weights)} for side, turns in sides.items()],
+    }
+
+
+def _side(
+    document: Document, turns: tuple[Turn, ...], tokenizer: Tokenizer, template: str, weights: np.ndarray
+) -> dict[str, Any]:
+    end = tokenizer.control[CONTROL_TOKENS[0]]
+    if turns:
+        rendered = render(tokenizer, turns, template)
+        ids, roles, starts = [*rendered.ids.tolist(), end], [*rendered.roles.tolist(), NONE], rendered.turns.tolist()
+    else:
+        ids = [*tokenizer.encode(document.plain), end]
+        roles, starts = [TEXT] * len(ids), [0]
+    names = {i: token for token, i in tokenizer.control.items()}
+    return {
+        "turns": [
+            {"role": role, "start": start} for role, start in zip([t.role for t in turns] or ["text"], starts, strict=True)
+        ],
+        "ids": ids,
+        "roles": [NAMES[role] for role in roles],
+        "weights": weights[roles].tolist(),
+        "pieces": [names.get(i) or _piece(tokenizer.decode_bytes([i])) for i in ids],
+    }
+
+
+def _piece(token: bytes) -> str:
+    """A token on one line: bytes that are no character by themselves in hexadecimal, spaces visible."""
+    text = token.decode("utf-8", "backslashreplace").replace(" ", "\u00b7")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+def _is_coloured() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")  # no-color.org
+
+
+def text(found: dict[str, Any], coloured: bool, width: int) -> str:
+    """The record for a terminal of `width` columns: each token's id and text, coloured or marked where it is learned."""
+    if found["kind"] == "rejected":
+        return f"{found['name']}: rejected: {found['why']}\n  {found['sample']}".rstrip()
+    weights = ", ".join(f"{role} {weight:g}" for role, weight in found["loss_weights"].items() if role != "none")
+    legend = (
+        f"{GREY}not learned{PLAIN}, {GREEN}learned{PLAIN}, {YELLOW}learned more{PLAIN}"
+        if coloured
+        else "* learned, + learned more"
+    )
+    template = f", template {found['template']}" if found["template"] else ""
+    lines = [
+        f"{found['name']}: {found['kind']}{template}, tokenizer {found['tokenizer']}",
+        f"loss weights: {weights} ({legend})",
+    ]
+    for side in found["sides"]:
+        learned = sum(weight > 0 for weight in side["weights"])
+        lines.append(f"\n{side['side'] or 'all of it'}: {len(side['ids']):,} tokens, {learned:,} of them learned")
+        lines += _turns(side, coloured, width)
+    return "\n".join(lines)
+
+
+def _turns(side: dict[str, Any], coloured: bool, width: int) -> Iterator[str]:
+    starts = [turn["start"] for turn in side["turns"]]
+    for turn, start, stop in zip(side["turns"], starts, [*starts[1:], len(side["ids"])], strict=True):
+        if start >= MOST:
+            break
+        yield f"  {turn['role']}, from token {start:,}"
+        cells = [_cell(side, place) for place in range(start, min(stop, MOST))]
+        yield from _wrapped(cells, coloured, width)
+    if len(side["ids"]) > MOST:
+        yield f"  ... {len(side['ids']) - MOST:,} more tokens; --json has all"
+
+
+def _cell(side: dict[str, Any], place: int) -> tuple[str, float]:
+    return f"{side['ids'][place]} {side['pieces'][place]}", side["weights"][place]
+
+
+def _wrapped(cells: list[tuple[str, float]], coloured: bool, width: int) -> Iterator[str]:
+    line, used = "   ", 3
+    for cell, weight in cells:
+        mark = "" if coloured else "+" if weight > 1 else "*" if weight else " "
+        if used > 3 and used + 1 + len(mark) + len(cell) > width:
+            yield line.rstrip()
+            line, used = "   ", 3
+        colour = YELLOW if weight > 1 else GREEN if weight else GREY
+        line += f" {mark}" + (f"{colour}{cell}{PLAIN}" if coloured else cell)
+        used += 1 + len(mark) + len(cell)
+    yield line.rstrip()

@@ -1,0 +1,328 @@
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lumina.data.corpus import open_corpus
+from lumina.data.preparing import merge, tokenise
+from lumina.data.preparing.directory import prepare_directory
+from lumina.data.preparing.pipeline import Order
+from lumina.data.reading import readers
+from lumina.data.recipe import Recipe
+from lumina.data.records import place
+from lumina.errors import DataError, UsageError
+from lumina.runs.console import Console
+from tests.waiting import until
+
+VOCABULARY = 300
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr(readers, "UNIT_BYTES", 2000)
+
+
+def conversation(i):
+    said = [{"role": "user", "content": f"What is {i} squared?"}, {"role": "assistant", "content": f"It is {i * i}."}]
+    more = [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+    return {"messages": said if i % 3 else said + more}
+
+
+def text(i):
+    return {"text": f"Document {i} says {i * i}, and then {i**3} as well, with some more words in it."}
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def prepare(out, *sources, workers=0, recipe=Recipe(), held_out=0.1, template="lumina", **asked):  # noqa: B008
+    order = Order(tuple(map(str, sources)), recipe, held_out, template)
+    asked = {"tokenizer": "bpe", "vocab_size": VOCABULARY, "sample": 1e6, "max_bad": 0.5, "engine": "local"} | asked
+    return prepare_directory(order, out, workers=workers, console=Console(0, None), **asked)
+
+
+def digests(directory):
+    """Of every file; what holds a lock is none."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def texts_of(corpus, side):
+    """Every document of a side, decoded, by its place in the index."""
+    stream, starts = getattr(corpus, side), corpus.documents(side)
+    return [corpus.tokenizer.decode(stream.read(int(a), int(b) - 1).tolist()) for a, b in pairwise(starts)]
+
+
+# ------------------------------------------------------------------------------------------------------- what is made
+
+
+def test_every_record_is_accounted_for(tmp_path):
+    bad = ["{", "[]", '{"text": 3}', '{"text": "  "}', '{"nothing": 1}']
+    path = write(tmp_path / "a.jsonl", [text(i) for i in range(60)])
+    path.write_text(path.read_text() + "\n".join(bad) + "\n" + path.read_text())
+    recipe = Recipe(steps="control,length,exact", min_characters=75)
+    manifest = prepare(tmp_path / "out", path, recipe=recipe)
+    short = sum(len(text(i)["text"]) < 75 for i in range(60))
+    assert 0 < short < 60
+    rejects, steps = manifest["rejects"]["counts"], manifest["steps"]
+    removed = sum(count for step in steps.values() for count in step["removed"].values())
+    assert manifest["records"]["read"] == 125 == manifest["records"]["kept"] + sum(rejects.values()) + removed
+    assert sum(rejects.values()) == 5
+    assert sum(steps["length"]["removed"].values()) == 2 * short
+    assert steps["exact"]["removed"] == {"repeats an earlier document": 60 - short}
+    kept = sum(manifest[side]["documents"] for side in ("train", "held_out"))
+    assert kept == manifest["records"]["kept"] == 60 - short
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert {line["name"] for line in lines} == {f"{path}:{number}" for number in range(61, 66)}
+    samples = json.loads((tmp_path / "out" / "samples.json").read_text())
+    assert samples["exact"][0]["after"] == "" if "after" in samples["exact"][0] else "as " in samples["exact"][0]["before"]
+
+
+def test_the_index_cuts_the_streams_into_the_documents_in_order(tmp_path):
+    path = write(tmp_path / "a.jsonl", [text(i) for i in range(100)])
+    prepare(tmp_path / "out", path)
+    corpus = open_corpus(tmp_path / "out")
+    assert corpus.kind == "text"
+    assert corpus.roles("train") is None
+    whole = [text(i)["text"] for i in range(100)]
+    assert texts_of(corpus, "train") == [each for each in whole if place(each) >= 0.1]
+    assert texts_of(corpus, "held_out") == [each for each in whole if place(each) < 0.1]
+
+
+@pytest.mark.parametrize("block", [1, 2**22])
+def test_turns_and_roles_of_conversations_are_where_the_index_says(tmp_path, monkeypatch, block):
+    from lumina.conversation import ASSISTANT, NONE, TEXT, USER
+
+    monkeypatch.setattr(merge, "BLOCK_TOKENS", block)
+    records = [conversation(i) if i % 5 else text(i) for i in range(100)]
+    prepare(tmp_path / "out", write(tmp_path / "a.jsonl", [*records, *records[:20]]))
+    corpus = open_corpus(tmp_path / "out")
+    assert corpus.kind == "conversation"
+    control = corpus.tokenizer.control
+    begins, ends = {control["<|user|>"], control["<|assistant|>"]}, control["<|turn_end|>"]
+    for side in ("train", "held_out"):
+        stream, starts, turns = getattr(corpus, side), corpus.documents(side), corpus.turns(side)
+        ids, roles = (each.read(0, stream.num_tokens) for each in (stream, corpus.roles(side)))
+        assert turns.tolist() == np.flatnonzero(np.isin(ids, list(begins))).tolist()
+        assert (ids[starts[1:] - 1] == corpus.document_end_id).all()
+        for turn in turns:
+            stop = turn + int(np.flatnonzero(ids[turn:] == ends)[0])
+            code = USER if ids[turn] == control["<|user|>"] else ASSISTANT
+            assert roles[turn] == NONE
+            assert (roles[turn + 1 : stop + 1] == code).all()
+        for a, b in pairwise(starts):
+            if ids[a] not in begins:
+                assert (roles[a:b] == TEXT).all()
+            else:
+                assert roles[b - 1] == NONE
+
+
+def test_preferences_are_pairs_of_documents(tmp_path):
+    pairs = [
+        {"prompt": f"What is {i} squared?", "chosen": f"It is {i * i}.", "rejected": "No idea, sorry, none at all."}
+        for i in range(60)
+    ]
+    prepare(tmp_path / "out", write(tmp_path / "a.jsonl", pairs))
+    corpus = open_corpus(tmp_path / "out")
+    assert corpus.kind == "preference"
+    for side in ("train", "held_out"):
+        found = texts_of(corpus, side)
+        assert len(found) == 2 * corpus.manifest[side]["documents"]
+        assert all("It is" in each for each in found[::2])
+        assert all("No idea" in each for each in found[1::2])
+        assert [each.partition("<|assistant|>")[0] for each in found[::2]] == [
+            each.partition("<|assistant|>")[0] for each in found[1::2]
+        ]
+
+
+def test_preferences_with_others_are_refused(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write(tmp_path / "a.jsonl", [pair, *map(text, range(50))])
+    with pytest.raises(DataError, match="preferences cannot be prepared together with others"):
+        prepare(tmp_path / "out", path)
+
+
+@pytest.mark.parametrize("count", range(12))
+def test_of_equal_documents_the_first_stays(count):
+    rng = np.random.default_rng(count)
+    keys = rng.integers(0, 3, (count, 2)).astype(np.uint64)
+    cut = count // 2
+    units = []
+    for part in (keys[:cut], keys[cut:]):
+        unit = object.__new__(merge._Unit)
+        unit.documents = np.zeros(len(part), tokenise.DOCUMENT)
+        unit.documents["key"] = part
+        unit.name = str
+        units.append(unit)
+    kept, account = [np.ones(len(unit.documents), bool) for unit in units], tokenise.Account()
+    merge._drop_equal(units, kept, account)
+    seen, expected = set(), []
+    for key in map(tuple, keys.tolist()):
+        expected.append(key not in seen)
+        seen.add(key)
+    assert np.concatenate(kept).tolist() == expected
+    assert account.removed == ({"exact": {"repeats an earlier document": expected.count(False)}} if False in expected else {})
+
+
+# ---------------------------------------------------------------------------------------------- any workers, any stop
+
+
+@pytest.fixture
+def sources(tmp_path):
+    records = [conversation(i) if i % 2 else text(i % 150) for i in range(300)]
+    (tmp_path / "more.txt").write_text("A text of its own.\n" * 50)
+    return write(tmp_path / "a.jsonl", records), tmp_path / "more.txt"
+
+
+RECIPE = Recipe(steps="control,exact,near,length", near_shingle=2, min_characters=5)
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(tmp_path, sources):
+    made = []
+    for workers in (0, 1, 3):
+        prepare(tmp_path / f"out{workers}", *sources, workers=workers, recipe=RECIPE)
+        made.append(digests(tmp_path / f"out{workers}"))
+    assert made[0] == made[1] == made[2]
+    assert "manifest.json" in made[0]
+    assert not any(name.startswith("work") for name in made[0])
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_stop_at_any_point_goes_on_to_the_same_bytes(tmp_path, sources, monkeypatch):
+    """A stop before each of: rename of a unit, write to a shard, finish of an index, and the last renames."""
+    prepare(tmp_path / "whole", *sources, recipe=RECIPE)
+    expected = digests(tmp_path / "whole")
+    rename, calls, out = Path.rename, [0, None], tmp_path / "stopped"
+
+    def stopping(self, target):
+        calls[0] += 1
+        if calls[0] == calls[1]:
+            raise Killed
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopping)
+    stops = 0
+    for at in range(1, 60):
+        calls[:] = [0, at]
+        try:
+            prepare(out, *sources, recipe=RECIPE)
+            break
+        except Killed:
+            stops += 1
+    assert stops > 10
+    monkeypatch.undo()
+    assert digests(out) == expected
+
+
+def test_what_is_done_is_not_done_again(tmp_path, sources, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "merge", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            prepare(tmp_path / "out", *sources)
+    monkeypatch.setattr(tokenise, "read", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr("lumina.tokenizer.train_bpe", lambda *_: pytest.fail("trained again"))
+    prepare(tmp_path / "out", *sources)
+    assert open_corpus(tmp_path / "out").train.num_tokens
+
+
+BEGIN = """
+import sys
+from lumina.data.reading import readers
+readers.UNIT_BYTES = 4000
+from lumina.cli import run
+if __name__ == "__main__":
+    run(sys.argv[1:])
+"""
+
+
+def test_kill_9_in_the_middle_and_again_gives_the_same_bytes(tmp_path):
+    source = write(tmp_path / "a.jsonl", map(text, range(3000)))
+    script = tmp_path / "prepare.py"
+    script.write_text(BEGIN)
+    command = [sys.executable, str(script), "data", "prepare", str(source), "--vocab-size", "300", "--workers", "2", "--out"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    killed = tmp_path / "killed"
+    with subprocess.Popen([*command, str(killed)], env=environment, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(killed.glob("work/unit-*[0-9]")):
+            time.sleep(0.005)
+        workers = _children(process.pid)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), lambda: f"{workers} go on without a parent")
+    assert not (killed / "manifest.json").exists()
+    for out in (killed, tmp_path / "whole"):
+        subprocess.run([*command, str(out)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    assert digests(killed) == digests(tmp_path / "whole")
+
+
+def _children(pid):
+    """Its processes, where the system tells."""
+    listed = [path.read_text().split() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for children in listed for child in children]
+
+
+def test_ray_makes_the_same_bytes(tmp_path, sources):
+    pytest.importorskip("ray")
+    prepare(tmp_path / "local", *sources, recipe=RECIPE)
+    prepare(tmp_path / "ray", *sources, recipe=RECIPE, engine="ray")
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+
+
+# ------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
+    prepare(tmp_path / "out", *sources)
+    before = digests(tmp_path / "out")
+    assert prepare(tmp_path / "out", *sources) == json.loads((tmp_path / "out" / "manifest.json").read_text())
+    for asked in ({"vocab_size": 301}, {"held_out": 0.2}, {"recipe": replace(Recipe(), min_characters=2)}):
+        with pytest.raises(UsageError, match=r"holds another order's work .*->.*choose another --out"):
+            prepare(tmp_path / "out", *sources, **asked)
+    write(sources[0], map(text, range(9)))
+    with pytest.raises(UsageError, match="fingerprint"):
+        prepare(tmp_path / "out", *sources)
+    assert digests(tmp_path / "out") == before
+
+
+def test_a_directory_with_something_else_is_left_alone(tmp_path, sources):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    with pytest.raises(UsageError, match="is not empty, and no prepared directory"):
+        prepare(tmp_path / "out", *sources)
+    assert [path.name for path in (tmp_path / "out").iterdir() if path.name != ".lock"] == ["thesis.txt"]
+    with pytest.raises(UsageError, match="is a file"):
+        prepare(sources[0], *sources)
+
+
+def test_mostly_bad_records_stop_it_and_tell_where(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*map(text, range(40)), *[3] * 60])
+    with pytest.raises(DataError, match=r"60 of 100 records are bad, above --max-bad 0\.5: 60 records .*rejects\.jsonl"):
+        prepare(tmp_path / "out", path)
+    assert json.loads((tmp_path / "out" / "rejects.jsonl").read_text().splitlines()[0])["name"] == f"{path}:41"
+    assert prepare(tmp_path / "out", path, max_bad=0.6)["records"] == {"read": 100, "kept": 40}
+
+
+def test_a_worker_that_dies_is_told_and_the_same_command_goes_on(tmp_path, sources, monkeypatch):
+    monkeypatch.setattr("lumina.data.preparing.engines.tokenise", _die)
+    with pytest.raises(UsageError, match="a worker process was killed; what is done is kept"):
+        prepare(tmp_path / "out", *sources, workers=1)
+    monkeypatch.undo()
+    assert prepare(tmp_path / "out", *sources)["records"]["kept"]
+
+
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
