@@ -178,7 +178,8 @@ def _packing(found: Figures) -> str:
     count = max(1, len(found.sizes["train"]))
     rows = [[f"{length:,}", f"{100 * waste:.2f}%", f"{cut:,}", _percent(cut, count)] for length, waste, cut in found.packing]
     head = ("row length", "positions that stay empty", "documents cut", "of all")
-    return f"<h3>Packed in rows</h3><p class=faint>Best-fit packing of the training documents.</p>{charts.table(head, rows)}"
+    told = "Best-fit packing of the training documents, at the default loss weights."
+    return f"<h3>Packed in rows</h3><p class=faint>{told}</p>{charts.table(head, rows)}"
 
 
 def _conversations(found: Figures) -> str:

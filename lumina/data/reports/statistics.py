@@ -13,7 +13,7 @@ import numpy as np
 
 from lumina.conversation import DEFAULT_LOSS_WEIGHTS, NONE, loss_weights
 from lumina.data.corpus import SIDES, Corpus
-from lumina.data.preparing.pipeline import REJECTS, Meter, Say
+from lumina.data.pipeline import REJECTS, Meter, Say
 from lumina.data.records import PREFERENCE, TEXT
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
@@ -146,7 +146,7 @@ def _packing(corpus: Corpus) -> list[tuple[int, float, int]]:
     if corpus.kind == PREFERENCE or len(documents) > PACKED_DOCUMENTS:
         return []
     turns, roles = None if corpus.kind == TEXT else np.asarray(corpus.turns("train")), corpus.roles("train")
-    codes, weights = (roles.read, loss_weights(DEFAULT_LOSS_WEIGHTS)) if roles else (None, None)
+    codes, weights = (None, None) if roles is None else (roles.read, loss_weights(DEFAULT_LOSS_WEIGHTS))
     reports = [(length, plan(documents, length, turns, codes, weights).report) for length in PACKED]
     return [(length, found.waste, found.cut_documents + found.split_conversations) for length, found in reports]
 
@@ -190,7 +190,7 @@ def octaves(values: np.ndarray) -> list[tuple[int, int, int]]:
 
 def languages(texts: Iterable[str], least: float) -> tuple[dict[str, int], str]:
     """How many texts are in each language, most first, "und" where it is less probable than `least`; or why nobody can tell."""
-    from lumina.data.cleaning.language import UNDETERMINED, detect
+    from lumina.data.language import UNDETERMINED, detect
 
     counts: dict[str, int] = {}
     try:
