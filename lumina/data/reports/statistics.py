@@ -13,7 +13,7 @@ import numpy as np
 
 from lumina.conversation import DEFAULT_LOSS_WEIGHTS, NONE, loss_weights
 from lumina.data.corpus import SIDES, Corpus
-from lumina.data.pipeline import REJECTS, Meter, Say
+from lumina.data.preparing.pipeline import REJECTS, Meter, Say
 from lumina.data.records import PREFERENCE, TEXT
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
@@ -190,7 +190,7 @@ def octaves(values: np.ndarray) -> list[tuple[int, int, int]]:
 
 def languages(texts: Iterable[str], least: float) -> tuple[dict[str, int], str]:
     """How many texts are in each language, most first, "und" where it is less probable than `least`; or why nobody can tell."""
-    from lumina.data.language import UNDETERMINED, detect
+    from lumina.data.cleaning.language import UNDETERMINED, detect
 
     counts: dict[str, int] = {}
     try:
