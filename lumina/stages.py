@@ -13,6 +13,7 @@ from lumina.errors import ConfigError
 if TYPE_CHECKING:
     from lumina.config import Config, DataConfig
 
+DEFAULT_SOURCE = "stdlib"  # of `DataConfig.source`
 MODES = ("base_only", "finetuning_only", "hybrid", "interleaved")
 LONGEST_PERIOD = 100_000  # rows after which the order of sources repeats; a table of it is kept
 _HEAD = re.compile(r"(?:(\d+)\s*)?(?:x\s*(\d+)\s*)?:(.*)", re.DOTALL)  # STEPS x LENGTH: MIXTURE
@@ -45,6 +46,9 @@ def stages(config: "Config") -> list[Stage]:
     """
     data, steps = config.data, config.train.steps
     if data.stages:
+        if data.source != DEFAULT_SOURCE:
+            works = "name it in a stage, or set data.stages to nothing"
+            raise ConfigError(f"data.source = {data.source!r}: is not read where data.stages is set; {works}")
         return _listed(data.stages, data.mode, steps, data.sequence_length)
     base = _shares(data.source, "data.source")
     if data.mode == "base_only":
@@ -52,7 +56,7 @@ def stages(config: "Config") -> list[Stage]:
     tuning = _shares(data.finetuning, "data.finetuning")
     if data.mode == "finetuning_only":
         return [Stage(steps, data.sequence_length, _whole(tuning, "data.finetuning"))]
-    ratio = Fraction(str(data.ratio))
+    ratio = Fraction(data.ratio).limit_denominator(LONGEST_PERIOD)
     if data.mode == "interleaved":
         both = {source: share * (1 - ratio) for source, share in base.items()}
         for source, share in tuning.items():
@@ -76,8 +80,12 @@ def lengths(config: "Config") -> list[int]:
 
 
 def first_source(data: "DataConfig") -> str:
-    """The source of a run that has but one, else the first of its base."""
-    spec = data.finetuning if data.mode == "finetuning_only" and not data.stages else data.source
+    """The source of a run that has but one, else the first of its first stage."""
+    spec = data.finetuning if data.mode == "finetuning_only" else data.source
+    if data.stages:
+        first = data.stages.split(";")[0]
+        head = _HEAD.fullmatch(first.strip())
+        spec = head[3] if head and (head[1] or head[2]) else first
     return next(iter(_shares(spec, "data.source")))
 
 
@@ -86,7 +94,7 @@ def _listed(spec: str, mode: str, steps: int, longest: int) -> list[Stage]:
     if mode != "base_only":
         raise ConfigError(f"data.mode = {mode!r}: has stages of its own, and data.stages is set; use one of the two")
     found: list[Stage] = []
-    parts = spec.split(";")
+    parts = spec.rstrip("; ").split(";")
     for number, part in enumerate(parts, 1):
         head = _HEAD.fullmatch(part.strip())
         count, length, mixture = head.groups() if head and (head[1] or head[2]) else (None, None, part)
@@ -115,13 +123,15 @@ def _shares(spec: str, where: str) -> dict[str, Fraction]:
     parts = [part.strip() for part in spec.split(",") if part.strip()]
     if not parts:
         raise ConfigError(f"{where} = {spec!r}: names no source; use such as stdlib, or stdlib@3,notes/*.txt@1")
-    weighted = [_WEIGHT.fullmatch(part) for part in parts]
+    # A revision of a dataset is none: hf:NAME@REVISION@WEIGHT.
+    weighted = [_WEIGHT.fullmatch(part) if part.count("@") > part.startswith("hf:") else None for part in parts]
     if not any(weighted):
         return {",".join(parts): Fraction(1)}
     found: dict[str, Fraction] = {}
     for part, match in zip(parts, weighted, strict=True):
         if match is None:
-            raise ConfigError(f"{where}: {part!r} has no weight, and others of its mixture do; write {part}@1")
+            works = f"write such as {part.split('@')[0]}@3, a number above 0"
+            raise ConfigError(f"{where}: {part!r} has no weight, and others of its mixture do; {works}")
         source, weight = match[1].strip(), Fraction(match[2])
         if weight <= 0:
             raise ConfigError(f"{where}: {part!r} has weight 0; leave it out, or use a weight above 0")

@@ -25,7 +25,7 @@ from lumina.data.recipe import Recipe
 from lumina.data.records import Document
 from lumina.data.rows import Batches, Rows
 from lumina.data.shards import TokenStream
-from lumina.errors import DataError, UsageError
+from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.lock import is_locked
 from lumina.stages import first_source
 
@@ -81,6 +81,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         tokenizer = _trained(data, [(order, plans[source]) for source, order in orders.items()], vocab_size, extra, progress)
     require_fits(tokenizer, vocab_size)
     for source, corpus in opened.items():
+        _require_as_asked(source, corpus, data, progress)
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
             raise DataError(
                 f"{source}: was prepared with tokenizer {corpus.tokenizer.name}, not {tokenizer.name}: "
@@ -92,6 +93,15 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         if says := told(corpus.manifest):
             progress(f"{corpus.manifest['source']['spec']}: {says}")
     return [opened[source] for source in sources]
+
+
+def _require_as_asked(source: str, corpus: Corpus, data: DataConfig, say: Say) -> None:
+    """Raise a ConfigError where a prepared directory has conversations in another template; say what else is its own."""
+    template, share = corpus.manifest["template"], corpus.manifest["held_out_fraction"]
+    if corpus.kind != "text" and template != data.template:
+        raise ConfigError(f"data.template = {data.template!r}: {source} was prepared with {template}; set that")
+    if share != data.held_out:
+        say(f"{source}: {share:g} of its documents are held out, as it was prepared; data.held_out is not asked")
 
 
 def held_out_texts(data: DataConfig) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lumina.data.rows import permute
+from lumina.runs.steps import sync_files
 
 FORMAT = 2  # part of every name: raise it when plans change meaning
 ARRAYS = ("starts", "lengths", "rows")
@@ -269,7 +270,7 @@ def kept(path: Path, make: Callable[[], Plan]) -> Plan:
     """The plan in `path`, or the one that `make` makes, kept there, whole or not at all, where that can be written."""
     try:
         return load(path)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, IndexError):
         shutil.rmtree(path, ignore_errors=True)  # of a disk that lost some of it
     made = make()
     directory = path.parent / f".making-{uuid.uuid4().hex}"
@@ -279,6 +280,7 @@ def kept(path: Path, make: Callable[[], Plan]) -> Plan:
             np.save(directory / f"{name}.npy", getattr(made, name), allow_pickle=False)
         told = {"sequence_length": made.sequence_length, "report": asdict(made.report)}
         (directory / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        sync_files(directory)
         os.rename(directory, path)
         return load(path)
     except OSError:  # the corpus cannot be written to, or another process was first with the same

@@ -128,7 +128,11 @@ class PackedRows:
         return len(self.plan.rows) - 1
 
     def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """As of `RowSet`. What pieces leave of a row is a segment of token 0 and weight 0."""
+        """As of `RowSet`.
+
+        What pieces leave of a row repeats them, in a segment of its own with weight 0: routers, which know of no weights, see
+        text there, and not one token over and over.
+        """
         plan, T, n = self.plan, self.sequence_length, len(numbers)
         if n and not -1 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {len(self)}")
@@ -160,6 +164,8 @@ class PackedRows:
         segments.reshape(-1)[at] = np.repeat(np.arange(len(row)) - np.repeat(ends - counts, counts), lengths)
         positions.reshape(-1)[at] = within
         shaped = {name: array.reshape(n, T) for name, array in (*batch.items(), ("weights", weights))}
+        if (used < T).any():
+            shaped["inputs"] = np.take_along_axis(shaped["inputs"], np.arange(T) % np.maximum(used, 1)[:, None], axis=1)
         return {**shaped, "segments": segments, "positions": positions}
 
 

@@ -27,6 +27,7 @@ from lumina.runs import library
 from lumina.runs.console import Console, printable, table
 from lumina.runs.journal import finite
 from lumina.runs.units import duration
+from lumina.stages import first_source
 from lumina.tokenizer import Tokenizer
 
 ROWS = 16
@@ -132,7 +133,7 @@ def held_out(a: Side, b: Side) -> tuple[Iterator[str], str]:
     """The texts that A's run held out, or B's, and their source; the embedded source's where their files are not here."""
     datas = [side.config.data for side in (a, b) if isinstance(side, Canonical)]
     data = next((data for data in datas if here(data)), DataConfig())
-    return held_out_texts(data), f"held-out text of {data.source}"
+    return held_out_texts(data), f"held-out text of {first_source(data)}"
 
 
 def same_ids(a: Side, b: Side, text: str, end: bool) -> list[int]:

@@ -85,7 +85,8 @@ class RunDirectory:
         if before is None or before["fingerprint"] == data["fingerprint"]:
             return []
         then, now = flat(before), flat(data)
-        told = [n for n in now if n.startswith(("source.", "tokenizer.", "held_out", "train.")) and not n.endswith("shards")]
+        parts = ("source.", "tokenizer.", "held_out", "train.", "others.")
+        told = [name for name in now if name.startswith(parts) and not name.endswith("shards")]
         changed = [f"{name}: {_brief(then.get(name))} -> {_brief(now[name])}" for name in told if then.get(name) != now[name]]
         return changed or [f"fingerprint: {_brief(before['fingerprint'])} -> {_brief(data['fingerprint'])}"]
 

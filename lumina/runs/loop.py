@@ -182,7 +182,8 @@ class Loop:
         if self.log:
             self.log.write("eval", {"step": self.step, **result})
         self.console.say(f"step {self.step}: held out {figures(result)}")
-        return self.progress.evaluated(self.step, result)
+        stage = self.batches.stage(max(self.step - 1, 0))
+        return self.progress.evaluated(self.step, result, self.reporter.judged(result, stage), stage)
 
     def _save(self) -> None:
         def record(parameters: str) -> dict[str, Any]:

@@ -14,20 +14,23 @@ class Progress:
     """Saved with each checkpoint, as plain JSON values."""
 
     rows: int = 0  # rows consumed, in the run's order
-    best_loss: float | None = None  # lowest held-out loss
+    best_loss: float | None = None  # lowest held-out loss of the stage
     best_step: int | None = None
     last: dict[str, Any] | None = None  # the last evaluation
     last_step: int | None = None  # when it was
     evaluations_without_improvement: int = 0
     passed: list[list[int]] = field(default_factory=list)  # [first, last] steps whose batches are passed over
     rewinds: int = 0
+    stage: int = 0  # of the last evaluation
 
-    def evaluated(self, step: int, result: dict[str, Any]) -> bool:
-        """Take note of an evaluation; whether it is the best so far."""
+    def evaluated(self, step: int, result: dict[str, Any], loss: float, stage: int = 0) -> bool:
+        """Take note of an evaluation; whether it is the best of its stage so far, by `loss`. A new stage begins anew."""
         self.last, self.last_step = result, step
-        better = math.isfinite(result["loss"]) and (self.best_loss is None or result["loss"] < self.best_loss)
+        if stage != self.stage:
+            self.stage, self.best_loss, self.evaluations_without_improvement = stage, None, 0
+        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if better:
-            self.best_loss, self.best_step, self.evaluations_without_improvement = result["loss"], step, 0
+            self.best_loss, self.best_step, self.evaluations_without_improvement = loss, step, 0
         else:
             self.evaluations_without_improvement += 1
         return better

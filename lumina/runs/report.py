@@ -174,6 +174,13 @@ class Reporter:
         told = {"warnings": warnings, "stop": bool(metrics["stop"]), "began": began}
         return {**decisive, "skipped": skipped, "row_numbers": self._named(numbers), **told}
 
+    def judged(self, result: dict[str, Any], stage: int) -> float:
+        """The held-out loss that a stage is judged by: that of the sources that it reads, each as much as the mixture says."""
+        if "sources" not in result:
+            return float(result["loss"])
+        losses, mixture = result["sources"], dict(self.stages[stage].mixture)
+        return float(sum(weight * losses[source]["loss"] for source, weight in mixture.items()) / sum(mixture.values()))
+
     def _named(self, numbers: np.ndarray) -> list[Any]:
         """Rows as a person can find them: with their source where there are several."""
         found = self.batches.origins(numbers)

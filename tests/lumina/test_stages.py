@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumina.config import Config, override, validate
+from lumina.config import Config, DataConfig, override, validate
 from lumina.errors import ConfigError
 from lumina.mesh import Sizes, check
-from lumina.stages import Stage, lengths, sources, stages
+from lumina.stages import Stage, first_source, lengths, sources, stages
 
 
 def config(steps=1000, **data):
@@ -97,10 +97,10 @@ def test_what_is_spelled_is_what_is_read(steps, weights):
             "stage 1 has rows of 2048 tokens, which must be from 2 to data.sequence_length = 1024",
         ),
         ({"stages": "500 x 1: a; b"}, "stage 1 has rows of 1 tokens"),
-        ({"stages": "500: a; "}, "stage 2 = ' ': names no source"),
+        ({"stages": "500: a; ,"}, "stage 2 = ' ,': names no source"),
         ({"stages": "500: a; b", "mode": "hybrid"}, "has stages of its own, and data.stages is set"),
         ({"source": ""}, "data.source = '': names no source"),
-        ({"source": "a@1,b"}, "'b' has no weight, and others of its mixture do; write b@1"),
+        ({"source": "a@1,b"}, "'b' has no weight, and others of its mixture do; write such as b@3"),
         ({"source": "a@1,b@0"}, "'b@0' has weight 0"),
         ({"source": "a@1,a@2"}, "names a twice"),
         ({"source": "a@0.333333,b@0.666666,c@0.5"}, "repeat after"),
@@ -134,3 +134,28 @@ def test_every_length_must_divide_over_the_mesh():
     check(made, Sizes(tensor=2))
     with pytest.raises(ConfigError, match=r"= 510: must be a multiple of 4 for mesh\.tensor = 4"):
         check(made, Sizes(tensor=4))
+
+
+@pytest.mark.parametrize(
+    ("data", "first"),
+    [
+        ({"source": "a,b"}, "a,b"),
+        ({"source": "a@2,b@1"}, "a"),
+        ({"source": "hf:o/n@1.0"}, "hf:o/n@1.0"),
+        ({"source": "hf:o/n@1.0,b.txt"}, "hf:o/n@1.0,b.txt"),
+        ({"source": "hf:o/n@1.0@2,b@1"}, "hf:o/n@1.0"),
+        ({"mode": "finetuning_only", "finetuning": "c"}, "c"),
+        ({"stages": "10 x 16: d@3, e@1; f"}, "d"),
+        ({"stages": "f;"}, "f"),
+    ],
+)
+def test_the_first_source_is_of_the_first_stage_and_revisions_are_no_weights(data, first):
+    made = Config(data=DataConfig(**data))
+    assert first_source(made.data) == first == sources(made)[0]
+
+
+def test_a_source_beside_stages_is_refused_and_a_third_is_a_third():
+    with pytest.raises(ConfigError, match=r"is not read where data\.stages is set"):
+        stages(Config(data=DataConfig(source="a", stages="b")))
+    (stage,) = stages(Config(data=DataConfig(source="a", mode="interleaved", finetuning="b", ratio=1 / 3)))
+    assert stage.mixture == (("a", 2), ("b", 1))

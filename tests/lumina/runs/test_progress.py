@@ -18,7 +18,7 @@ def bad(loss=5.0, norm=1.0, skipped=1, rows=(4, 2), step=7):
 
 def evaluated(*losses):
     progress = Progress()
-    return progress, [progress.evaluated(step, {"loss": loss}) for step, loss in enumerate(losses, 1)]
+    return progress, [progress.evaluated(step, {"loss": loss}, loss) for step, loss in enumerate(losses, 1)]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluations
@@ -104,3 +104,10 @@ def test_more_skips_in_a_row_than_allowed_end_the_run(loss, works):
 )
 def test_a_diagnosis_names_step_loss_and_rows(step, says):
     assert diagnosis(step) == says
+
+
+def test_each_stage_has_a_best_and_a_patience_of_its_own():
+    progress = Progress()
+    better = [progress.evaluated(step, {}, loss, step // 4) for step, loss in enumerate([2.0, 3.0, 3.0, 3.0, 9.0, 8.0, 8.5])]
+    assert better == [True, False, False, False, True, True, False]
+    assert (progress.best_step, progress.best_loss, progress.evaluations_without_improvement) == (5, 8.0, 1)

@@ -105,7 +105,8 @@ def test_a_template_or_role_that_there_is_not_is_refused_before_anything_is_read
 
 
 def test_how_documents_were_packed_is_told_once_for_each_source_and_length(path):
-    told, made = [], config(path, stages=f"10 x 16: {path}/texts.jsonl; 10: {path}/chats.jsonl; {path}/chats.jsonl")
+    stages = f"10 x 16: {path}/texts.jsonl; 10: {path}/chats.jsonl; {path}/chats.jsonl"
+    told, made = [], config(path, source="stdlib", stages=stages)
     read(made, open_corpora(made, quiet), ALONE, told.append)
     assert len(told) == 1
     assert told[0].startswith(f"{path}/chats.jsonl: ")
