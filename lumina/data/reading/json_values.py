@@ -66,15 +66,7 @@ def _value(window: "_Window", limit: int) -> Value:
     scan = _Scan()
     while True:
         text, start = window.text, window.at
-        value, fault = None, ""
-        try:
-            value, end = _decode(text, start)
-            if is_too_deep(text[start:end], value):
-                raise RecursionError
-            if text[start] not in '{["' and end != scan.end(text, start, window.ended):
-                raise ValueError("a word or number goes on")
-        except (ValueError, RecursionError):  # also for integers that are longer than Python reads
-            value, end, fault = None, scan.end(text, start, window.ended), "not JSON"
+        value, end, fault = _decoded(window, scan)
         if end < 0 and window.ended:
             end = len(text)
         if end >= 0:
@@ -88,6 +80,28 @@ def _value(window: "_Window", limit: int) -> Value:
         window.grow()
 
 
+def _decoded(window: "_Window", scan: "_Scan") -> tuple[Any, int, str]:
+    """The value at the window's place, where it ends or -1 if that is not in the window, and its fault."""
+    text, start, end = window.text, window.at, -1
+    given, before = text, 0
+    if window.is_broken:  # decoded alone then, because an error counts the lines of all that the decoder is given
+        end = scan.end(text, start, window.ended)
+        if end < 0:
+            return None, end, "not JSON"
+        given, before = text[start:end], start
+    try:
+        value, stop = _decode(given, start - before)
+        stop += before
+        if is_too_deep(text[start:stop], value):
+            raise RecursionError
+        if text[start] not in '{["' and stop != scan.end(text, start, window.ended):
+            raise ValueError("a word or number goes on")
+    except (ValueError, RecursionError):  # also for integers that are longer than Python reads
+        window.is_broken = True
+        return None, end if end >= 0 else scan.end(text, start, window.ended), "not JSON"
+    return value, stop, ""
+
+
 def _is_larger(text: str, start: int, stop: int, limit: int) -> bool:
     if 4 * (stop - start) <= limit:
         return False
@@ -99,6 +113,7 @@ class _Window:
 
     def __init__(self, file: IO[bytes]):
         self.text, self.at, self.ended = "", 0, False
+        self.is_broken = False  # whether something in the text was found to be no JSON
         self._file = file
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
 
@@ -108,6 +123,7 @@ class _Window:
         chunk = self._file.read(max(WINDOW_BYTES, len(rest)))
         self.ended = not chunk
         self.text, self.at = rest + self._decoder.decode(chunk, final=self.ended), 0
+        self.is_broken = False
 
     def skip_separators(self) -> bool:
         """Go to the next value or bracket; whether there is one."""

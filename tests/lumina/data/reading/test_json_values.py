@@ -57,6 +57,58 @@ def test_a_broken_element_ends_where_its_brackets_do(broken):
     assert read(b'[{"b": 1}, ' + broken + b', {"b": 2}]') == [({"b": 1}, ""), (None, "not JSON"), ({"b": 2}, "")]
 
 
+PIECES = [
+    "[",
+    "]",
+    "{",
+    "}",
+    ",",
+    ":",
+    '"',
+    "\\",
+    "\n",
+    " ",
+    '"a"',
+    "1",
+    "-2.5",
+    "nope",
+    "null",
+    '{"a": 1}',
+    '"\\""',
+    "9" * 5000,
+    "\xfc",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.sampled_from([1, 5, 2**20]))
+def test_what_follows_a_broken_value_is_the_same_decoded_alone_as_in_its_window(content, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_values, "WINDOW_BYTES", size)
+        found = []
+        for always in (False, True):
+            patch.setattr(json_values._Window, "is_broken", property(lambda _, a=always: a, lambda *_: None), raising=False)
+            found.append(list(values(io.BytesIO(content.encode()), 10**5)))
+    assert found[0] == found[1]
+
+
+def test_the_cost_of_broken_values_is_not_that_of_their_window_each(monkeypatch):
+    content = b"[" + b",\n".join([b'{"a": nope}', b'{"a": 1}'] * 2000) + b"]"
+    decode, given_to_errors = json_values._decode, []
+
+    def counted(text, start=0):
+        try:
+            return decode(text, start)
+        except ValueError:
+            given_to_errors.append(len(text))
+            raise
+
+    monkeypatch.setattr(json_values, "_decode", counted)
+    monkeypatch.setattr(json_values, "WINDOW_BYTES", 2**13)
+    assert read(content) == [(None, "not JSON"), ({"a": 1}, "")] * 2000
+    assert len(given_to_errors) >= 2000
+    assert sum(given_to_errors) < 5 * len(content)
+
+
 @pytest.mark.usefixtures("window")
 def test_a_string_without_an_end_costs_its_own_line_alone():
     content = b'[\n {"a": "b},\n {"a": 2},\n {"a": "c" d"}\n,\n [3]\n]'
