@@ -61,4 +61,15 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     """The recipe that the flags give; raises UsageError for a step that there is not."""
     recipe = Recipe(**{spec.name: getattr(arguments, spec.name) for spec in fields(Recipe)})
     _ = recipe.named_steps
+    for name, good, works in (
+        ("max_record_mb", 0 < recipe.max_record_mb <= 2000, "must be above 0 and at most 2,000"),
+        ("max_conversations", recipe.max_conversations >= 0, "must be at least 0"),
+        ("language_score", 0 <= recipe.language_score <= 1, "must be from 0 to 1"),
+        ("near_threshold", 0 < recipe.near_threshold <= 1, "must be above 0 and at most 1"),
+        ("near_permutations", 8 <= recipe.near_permutations <= 4096, "must be from 8 to 4,096"),
+        ("near_shingle", recipe.near_shingle >= 1, "must be at least 1"),
+        ("against_ngram", recipe.against_ngram >= 1, "must be at least 1"),
+    ):
+        if not good:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: {works}")
     return recipe

@@ -25,7 +25,7 @@ class Document:
     plain: str = ""  # the text of a document that is no conversation
     turns: tuple[Turn, ...] = ()  # a conversation; of a preference, the chosen one
     rejected: tuple[Turn, ...] = ()  # of a preference: the conversation that is not to be learned, with the same beginning
-    group: str = ""  # documents of a group are on one side of the held-out split; without one, those of the same text
+    group: str = ""  # documents of a group are on one side of the held-out split; without one see `place`
 
     @property
     def kind(self) -> str:
@@ -38,8 +38,11 @@ class Document:
 
     @property
     def place(self) -> float:
-        """Where it falls in [0, 1); below the held-out fraction it is held out."""
-        return place(self.group or self.text)
+        """Where it falls in [0, 1); below the held-out fraction it is held out. Equal texts, and equal questions whatever the
+        answers, fall together."""
+        first = 1 if self.turns and self.turns[0].role == "system" else 0
+        asked = "\n\n".join(turn.text for turn in self.turns[: first + 1])
+        return place(self.group or asked or self.text)
 
     def mapped(self, change: Callable[[str], str]) -> "Document":
         """A copy with `change` applied to the text, or to that of each turn; itself where nothing changes."""

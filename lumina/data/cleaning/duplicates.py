@@ -6,6 +6,7 @@ MinHash: Broder 1997. Its bands: Leskovec, Rajaraman and Ullman, Mining of Massi
 """
 
 import hashlib
+import json
 
 import numpy as np
 
@@ -24,8 +25,9 @@ _NONE = np.zeros(0, np.int64)
 
 
 def exact_key(document: Document) -> bytes:
-    """16 bytes that two documents share when kind and text are the same."""
-    return hashlib.sha256(f"{document.kind}\0{document.text}".encode("utf-8", "surrogatepass")).digest()[:16]
+    """16 bytes that two documents share when kind, text and turns are the same."""
+    said = json.dumps([document.kind, document.plain, document.turns, document.rejected])
+    return hashlib.sha256(said.encode()).digest()[:16]
 
 
 def signature(document: Document, recipe: Recipe) -> np.ndarray:

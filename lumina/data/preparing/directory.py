@@ -1,24 +1,28 @@
 """`lumina data prepare`: a directory that is one order's, made in one go or in several."""
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
 from lumina.data.corpus import FORMAT, MANIFEST, SIDES, TOKENIZER, is_prepared
-from lumina.data.preparing.pipeline import WORK, Order, fill, save_whole, train_tokenizer
+from lumina.data.preparing.pipeline import REJECTS, SHARDS, WORK, Order, fill, save_whole, train_tokenizer
 from lumina.data.reading.readers import Plan, plan, spool
 from lumina.data.recipe import add_recipe, recipe_of
-from lumina.errors import ConfigError, UsageError
+from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
 from lumina.runs.lock import RunLock
 from lumina.runs.units import si
+from lumina.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
@@ -50,6 +54,7 @@ def tell(arguments: argparse.Namespace) -> None:
     recipe = recipe_of(arguments)
     for flag, value, good, works in (
         ("--held-out", arguments.held_out, 0 < arguments.held_out < 1, "must be between 0 and 1"),
+        ("--tokenizer-sample-mb", arguments.tokenizer_sample_mb, arguments.tokenizer_sample_mb > 0, "must be above 0"),
         ("--max-bad", arguments.max_bad, 0 <= arguments.max_bad <= 1, "must be from 0 to 1"),
         ("--workers", arguments.workers, arguments.workers is None or arguments.workers >= 0, "must be at least 0"),
     ):
@@ -125,73 +130,110 @@ def prepare_directory(
         raise ConfigError(f"--template {order.template}: there is no such template; there are {', '.join(TEMPLATES)}")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a directory")
-    work = out / WORK
-    out.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(out / ".lock")
+    for source in order.sources:
+        if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+            raise UsageError(f"--out {out}: is in {source}, which would change while it is read; choose one elsewhere")
+    with _one_line(out):
+        out.mkdir(parents=True, exist_ok=True)
+    work, lock = out / WORK, RunLock(out / ".lock")
     try:
-        work.mkdir(exist_ok=True)
-        order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
-        planned = plan(order.sources, order.recipe, console.status)
-        for line in planned.formats:
-            console.say(line)
-        identity = _identity(order, planned, tokenizer, vocab_size, sample)
-        if is_prepared(out):
-            manifest = json.loads((out / MANIFEST).read_bytes())
-            _require_same(out, manifest["order"], identity)
-            console.say(f"{out}: is prepared already, nothing was to do")
-            return manifest
-        if (work / ORDER).is_file():
-            _require_same(out, json.loads((work / ORDER).read_bytes()), identity)
-            console.say(f"{out}: going on with what is done")
-        elif [path.name for path in out.iterdir() if path.name not in (WORK, ".lock")]:
-            raise UsageError(f"{out}: is not empty, and no prepared directory; choose another --out")
-        replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
-        made = _tokenizer(order, planned, tokenizer, vocab_size, sample, work, console)
-        return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
-    except OSError as error:
-        works = "free disk space, or mend it, and the same command goes on"
-        raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
+        with _one_line(out):
+            return _prepare(order, out, work, tokenizer, vocab_size, sample, max_bad, workers, engine, console)
     finally:
         lock.release()
         if not (work / ORDER).is_file():
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _identity(order: Order, planned: Plan, tokenizer: str, vocab_size: int, sample: float) -> dict[str, Any]:
-    """All that decides the bytes."""
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """Errors in the words of the command."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        says = str(error).replace("data.held_out", "--held-out").replace("model.vocab_size", "--vocab-size")
+        raise type(error)(says) from error
+    except OSError as error:
+        works = "free disk space, or mend it, and the same command goes on"
+        raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
+
+
+def _prepare(
+    order: Order,
+    out: Path,
+    work: Path,
+    tokenizer: str,
+    vocab_size: int,
+    sample: float,
+    max_bad: float,
+    workers: int,
+    engine: str,
+    console: Console,
+) -> dict[str, Any]:
+    work.mkdir(exist_ok=True)
+    order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
+    planned = plan(order.sources, order.recipe, console.status)
+    for line in planned.formats:
+        console.say(line)
+    loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer, TEMPLATES[order.template].extra)
+    identity = _identity(order, planned, loaded, vocab_size, sample)
+    if is_prepared(out):
+        manifest = dict(json.loads((out / MANIFEST).read_bytes()))
+        if changed := _changes(manifest["order"], identity):
+            raise _of_another_order(out, changed)
+        for left in (work, out / SHARDS):
+            shutil.rmtree(left, ignore_errors=True)
+        console.say(f"{out}: is prepared already, nothing was to do")
+        return manifest
+    if (work / ORDER).is_file():
+        changed = _changes(json.loads((work / ORDER).read_bytes()), identity)
+        # The split is made in the end, but a tokenizer is trained on one side of it.
+        if changed and not (loaded and all(each.startswith("held_out:") for each in changed)):
+            raise _of_another_order(out, changed)
+        console.say(f"{out}: going on with what is done")
+    elif [path.name for path in out.iterdir() if path.name not in (WORK, ".lock", REJECTS)]:
+        raise UsageError(f"{out}: is not empty, and no prepared directory; choose another --out")
+    else:
+        for left in (*work.glob("unit-*"), work / TOKENIZER):  # of nobody knows what
+            shutil.rmtree(left, ignore_errors=True)
+    made = _tokenizer(order, planned, loaded, vocab_size, sample, work, console)
+    replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+    return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+
+
+def _identity(order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_size: int, sample: float) -> dict[str, Any]:
+    """All that decides the bytes, and those of units: which files are in which."""
     against = [spec.strip() for spec in order.recipe.against.split(",") if spec.strip()]
-    trained = {"vocab_size": vocab_size, "sample": sample} if tokenizer == "bpe" else {}
+    units = [[*unit._replace(spec="", name="", paths=()), len(unit.paths)] for unit in planned.units]
+    trained = {"trained": "bpe", "vocab_size": vocab_size, "sample": sample}
     return {
         "format": FORMAT,
         "fingerprint": planned.fingerprint,
+        "units": hashlib.sha256(json.dumps(units).encode()).hexdigest(),
         "recipe": asdict(order.recipe),
         "against": plan(against, order.recipe).fingerprint if against else "",
         "held_out": order.held_out,
         "template": order.template,
-        "tokenizer": {"spec": tokenizer, **trained},
+        "tokenizer": {"fingerprint": tokenizer.fingerprint} if tokenizer else trained,
     }
 
 
-def _require_same(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     then, new = flat(before), flat(now)
-    changed = [
-        f"{name}: {then.get(name)!r} -> {new.get(name)!r}" for name in {**then, **new} if then.get(name) != new.get(name)
-    ]
-    if changed:
-        raise UsageError(f"{out}: holds another order's work ({'; '.join(changed)}); choose another --out, or delete it")
+    differing = [name for name in {**then, **new} if then.get(name) != new.get(name)]
+    return [f"{name}: {then.get(name)!r} -> {new.get(name)!r}" for name in differing]
+
+
+def _of_another_order(out: Path, changed: list[str]) -> UsageError:
+    return UsageError(f"{out}: holds another order's work ({'; '.join(changed)}); choose another --out, or delete it")
 
 
 def _tokenizer(
-    order: Order, planned: Plan, spec: str, vocab_size: int, sample: float, work: Path, console: Console
+    order: Order, planned: Plan, loaded: "Tokenizer | None", vocab_size: int, sample: float, work: Path, console: Console
 ) -> "Tokenizer":
-    from lumina.tokenizer import load_tokenizer
-
     extra = TEMPLATES[order.template].extra
     if (work / TOKENIZER).is_dir():
         return load_tokenizer(str(work / TOKENIZER), extra)
-    if spec == "bpe":
-        made = train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
-    else:
-        made = load_tokenizer(spec, extra)
+    made = loaded or train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
     save_whole(made, work / TOKENIZER)
     return made

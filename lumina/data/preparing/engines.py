@@ -85,5 +85,7 @@ def _on_ray(units: list[Unit], job: Job) -> Iterator[tuple[Unit, Account] | None
                 yield None
             for reference in done:
                 yield running.pop(reference), ray.get(reference)
+    except ray.exceptions.RayTaskError as error:  # its own words are of many lines
+        raise error.cause from None
     finally:
         ray.shutdown()

@@ -13,6 +13,7 @@ from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
 from lumina.data.preparing import engines, merge
 from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
 from lumina.data.reading.readers import Plan, plan
+from lumina.data.reading.trees import PASSED_OVER
 from lumina.data.recipe import Recipe
 from lumina.data.shards import token_dtype
 from lumina.errors import ConfigError, DataError
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 WORK = "work"  # in a directory that is being prepared: what is done so far
 REJECTS = "rejects.jsonl"
-ENOUGH = 1000  # records after which a share is one
+SHARDS = f"{WORK}-shards"  # beside it: the shards of a merge that is not over
 SAY_SECONDS = 2.0
+EXPANSION = 5  # text over the bytes of a compressed file, as long as nobody has looked
 
 Say = Callable[[str], None]
 
@@ -71,7 +73,7 @@ def fill(
     for left in work.glob("*.part-*"):
         shutil.rmtree(left)
     _make_units(order, planned, job, workers, engine, say, max_bad, directory)
-    shards = directory / f"{WORK}-shards"
+    shards = directory / SHARDS
     shutil.rmtree(shards, ignore_errors=True)
     shards.mkdir()
     units = [(unit.spec, directory_of(unit, job)) for unit in planned.units]
@@ -117,21 +119,24 @@ def _make_units(
             account.add(made)
             meter.add(unit.bytes, made.tokens, made.kept)
         meter.tick()
-        if account.read >= ENOUGH:
-            _require_mostly_good(order, account, max_bad, directory)
     _require_mostly_good(order, account, max_bad, directory)
     if not account.kept:
         raise DataError(f"{order}: holds no document{_why_none(account)}")
 
 
 def _require_mostly_good(order: Order, account: Account, max_bad: float, directory: Path) -> None:
-    bad = sum(account.rejects.values())
+    bad = bad_records(account.rejects)
     if bad > max_bad * account.read:
         _write_rejects(account, directory)
         raise DataError(
             f"{order}: {bad:,} of {account.read:,} records are bad, above --max-bad {max_bad:g}{_why_none(account)}; "
             f"see {directory / REJECTS}, mend them, or raise --max-bad"
         )
+
+
+def bad_records(rejects: dict[str, int]) -> int:
+    """Those of the rejected records with which something is wrong: replies off the best path of a tree are in order."""
+    return sum(count for kind, count in rejects.items() if kind not in PASSED_OVER)
 
 
 def _replace(path: Path, to: Path) -> None:
@@ -177,7 +182,7 @@ def training_share(orders: Sequence[tuple[Order, Plan]], sample: float) -> float
     """The share of the documents that holds about `sample` bytes, or, where that is 0, as much as can be trained on."""
     from lumina.tokenizer import MOST_TRAINING_BYTES
 
-    total = sum(planned.bytes for _, planned in orders)
+    total = sum(unit.bytes * (EXPANSION if unit.encoding else 1) for _, planned in orders for unit in planned.units)
     return min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
 
 
@@ -189,7 +194,9 @@ def training_texts(
     `held_out` is given each text on the other side, with its place there from 0 to 1. Raises DataError, in the end, where there
     is no document, or where all are on one side of the split.
     """
-    account, places = Account(), array("d")
+    from lumina.tokenizer import MOST_TRAINING_BYTES
+
+    account, places, size = Account(), array("d"), 0
     meter = Meter("read for the tokenizer", sum(planned.bytes for _, planned in orders), say)
     for order, planned in orders:
         least = order.held_out
@@ -197,7 +204,9 @@ def training_texts(
             for document in cleaned(unit, order.recipe, account):
                 places.append(where := document.place)
                 if where >= least and (where - least) / (1 - least) <= share:
-                    yield document.text
+                    size += len(document.text.encode("utf-8"))
+                    if size <= 0.95 * MOST_TRAINING_BYTES:  # where files expand more than was expected
+                        yield document.text
                 elif where < least and held_out:
                     held_out(document.text, where / least)
             meter.add(unit.bytes, 0, len(places) - meter.documents)

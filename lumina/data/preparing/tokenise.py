@@ -172,6 +172,9 @@ def _after(document: Document, passing: list[Step], account: Account) -> Documen
             if not (document.text.strip() and all(turn.text.strip() for turn in (*document.turns, *document.rejected))):
                 account.remove(step.name, "nothing left", before.name, before.text)
                 return None
+            if document.rejected == document.turns and document.rejected:
+                account.remove(step.name, "chosen and rejected are equal", before.name, before.text)
+                return None
     return document
 
 

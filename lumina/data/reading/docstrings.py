@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lumina.data.reading.embedded import stdlib_names, stdlib_root
-from lumina.data.records import Document, Turn
+from lumina.data.records import Document, Turn, place
 
 LEAST, MOST = 20, 2000  # characters of a docstring; shorter ones say nothing, longer ones fill a row of a small model
 LONGEST_CODE = 1500  # characters of a function that is shown whole
+SIDES = 50  # parts of [0, 1) in which wrong answers stay: any split of whole fiftieths keeps them apart
 GARBLED = 4  # one preference in so many has a damaged docstring rejected, the others that of another function
 
 SYSTEM = (
@@ -56,6 +57,7 @@ class Definition(NamedTuple):
     signature: str  # as in its source: encode(self, o)
     code: str  # without the docstring; empty where it is long or is a class
     text: str  # the docstring
+    file: str = ""  # what its file says: a file is on one side of the held-out split, also as a document of `stdlib`
 
     @property
     def number(self) -> int:
@@ -74,25 +76,27 @@ def definitions() -> Iterator[Definition]:
             found = list(_of_module(module, source))
         except (SyntaxError, ValueError):  # what tools keep for other Pythons; `stdlib` counts what is not in its encoding
             continue
-        yield from found
+        yield from (each._replace(file=source) for each in found)
 
 
 def conversations() -> Iterator[Document]:
     """A conversation of one or two rounds about each definition, some after a system turn."""
     for definition in definitions():
-        yield Document(f"docstrings:{definition.name}", turns=_conversation(definition), group=definition.text)
+        yield Document(f"docstrings:{definition.name}", turns=_conversation(definition), group=definition.file)
 
 
 def preferences() -> Iterator[Document]:
     """For each definition a question, its docstring as the chosen answer, and a wrong or damaged one that is rejected."""
     found = list(definitions())
-    by_length = sorted(found, key=lambda each: (len(each.text), each.number))
-    place = {each.name: i for i, each in enumerate(by_length)}
+    sides: dict[int, list[Definition]] = {}  # nobody's answer is held out where it is another's wrong one
+    for definition in sorted(found, key=lambda each: (len(each.text), each.number)):
+        sides.setdefault(int(place(definition.file) * SIDES), []).append(definition)
+    at = {each.name: (side, i) for side in sides.values() for i, each in enumerate(side)}
     for definition in found:
         asked = _asked(definition)
-        rejected = _damaged(definition) if definition.number % GARBLED == 0 else _another(by_length, place[definition.name])
+        rejected = _damaged(definition) if definition.number % GARBLED == 0 else _another(*at[definition.name])
         chosen, wrong = ((*asked, Turn("assistant", text)) for text in (definition.text, rejected))
-        yield Document(f"preferences:{definition.name}", turns=chosen, rejected=wrong, group=definition.text)
+        yield Document(f"preferences:{definition.name}", turns=chosen, rejected=wrong, group=definition.file)
 
 
 # ----------------------------------------------------------------------------------------------------------- questions
@@ -133,14 +137,14 @@ def _asked(definition: Definition) -> tuple[Turn, ...]:
     return (*_system(number // 2), Turn("user", _pick(form, number // 128).format(**definition._asdict())))
 
 
-def _another(by_length: list[Definition], place: int) -> str:
+def _another(by_length: list[Definition], own_place: int) -> str:
     """The docstring of near length that another definition has, of those before and after it in turn."""
-    own = by_length[place].text
+    own = by_length[own_place].text
     for distance in range(1, len(by_length)):
-        for other in (place + distance, place - distance):
+        for other in (own_place + distance, own_place - distance):
             if 0 <= other < len(by_length) and by_length[other].text != own:
                 return by_length[other].text
-    return _damaged(by_length[place])
+    return _damaged(by_length[own_place])
 
 
 def _damaged(definition: Definition) -> str:

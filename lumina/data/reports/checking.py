@@ -13,7 +13,7 @@ import numpy as np
 
 from lumina.conversation import named, render
 from lumina.data.corpus import kind_of
-from lumina.data.preparing.pipeline import Say
+from lumina.data.preparing.pipeline import Say, bad_records
 from lumina.data.reading.readers import plan, spool
 from lumina.data.recipe import Recipe, add_recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn
@@ -197,7 +197,7 @@ def written(turns: Sequence[Turn], template: str) -> str:
 def _unusable(found: dict[str, Any], max_bad: float) -> str:
     """Why nobody could train on it, or ""."""
     read, kept = found["records"]["read"], found["records"]["kept"]
-    bad = sum(found["rejects"]["counts"].values())
+    bad = bad_records(found["rejects"]["counts"])
     if bad > max_bad * read:
         return f"{bad:,} of {read:,} records are bad, above --max-bad {max_bad:g}"
     if kept - found["duplicates"]["exact"]["documents"] < 2:

@@ -98,7 +98,7 @@ def test_pieces_stay_within_documents_and_have_segments_and_positions_of_their_o
                 assert targets[:-1].tolist() == inputs[1:].tolist()
             else:
                 assert own[-1]
-                assert not batch["inputs"][row][own].any()
+                assert batch["inputs"][row].tolist() == np.resize(batch["inputs"][row][~own], T).tolist()
                 assert not batch["targets"][row][own].any()
 
 

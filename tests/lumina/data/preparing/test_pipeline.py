@@ -317,12 +317,105 @@ def test_mostly_bad_records_stop_it_and_tell_where(tmp_path):
 
 
 def test_a_worker_that_dies_is_told_and_the_same_command_goes_on(tmp_path, sources, monkeypatch):
-    monkeypatch.setattr("lumina.data.preparing.engines.tokenise", _die)
-    with pytest.raises(UsageError, match="a worker process was killed; what is done is kept"):
-        prepare(tmp_path / "out", *sources, workers=1)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr("lumina.data.preparing.engines.tokenise", _die)
+        with pytest.raises(UsageError, match="a worker process was killed; what is done is kept"):
+            prepare(tmp_path / "out", *sources, workers=1)
     assert prepare(tmp_path / "out", *sources)["records"]["kept"]
 
 
 def _die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ------------------------------------------------------------------------------------------- what a review found wanting
+
+
+def test_units_of_other_files_are_not_taken_for_those_of_this_order(tmp_path, monkeypatch):
+    """The same files by name and as a directory have one fingerprint, and share units in other ways."""
+    (tmp_path / "d").mkdir()
+    files = [write(tmp_path / "d" / f"{n}.jsonl", map(text, range(5 * n, 5 * n + 5))) for n in range(6)]
+    with monkeypatch.context() as patch:
+        patch.setattr(merge, "merge", lambda *_: pytest.fail("stopped"))
+        with pytest.raises(pytest.fail.Exception):
+            prepare(tmp_path / "out", *files)
+    with pytest.raises(UsageError, match=r"another order's work .*units"):
+        prepare(tmp_path / "out", tmp_path / "d")
+    assert prepare(tmp_path / "out", *files)["records"] == {"read": 30, "kept": 30}
+
+
+def test_bad_records_are_judged_as_a_whole_whatever_the_order_and_the_workers(tmp_path):
+    good = write(tmp_path / "good.jsonl", map(text, range(2000)))
+    bad = write(tmp_path / "bad.jsonl", [3] * 1500)
+    for number, (sources, workers) in enumerate((((bad, good), 0), ((good, bad), 2))):
+        assert prepare(tmp_path / f"out{number}", *sources, workers=workers)["records"] == {"read": 3500, "kept": 2000}
+
+
+def test_replies_off_the_best_path_are_nothing_bad(tmp_path):
+    messages = []
+    for tree in range(40):
+        asked = {"message_id": f"{tree}", "parent_id": None, "role": "prompter", "text": f"What is {tree}?", "rank": 0}
+        answers = [
+            {"message_id": f"{tree}.{n}", "parent_id": f"{tree}", "role": "assistant", "text": f"It is {n}.", "rank": n}
+            for n in range(6)
+        ]
+        messages += [asked, *answers]
+    manifest = prepare(tmp_path / "out", write(tmp_path / "trees.jsonl", messages), vocab_size=262)
+    assert manifest["records"]["kept"] == 40
+    assert manifest["rejects"]["counts"] == {"off the best path": 200}
+
+
+def test_another_tokenizer_under_the_same_name_is_another_order(tmp_path, sources):
+    from lumina.tokenizer import train_bpe
+
+    texts = [text(i)["text"] for i in range(300)]
+    train_bpe(texts, 300).save(tmp_path / "mine")
+    prepare(tmp_path / "out", *sources, tokenizer=str(tmp_path / "mine"))
+    train_bpe(texts, 280).save(tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"tokenizer\.fingerprint"):
+        prepare(tmp_path / "out", *sources, tokenizer=str(tmp_path / "mine"))
+
+
+def test_an_attempt_that_came_to_nothing_is_nobodys_work(tmp_path):
+    few = write(tmp_path / "few.jsonl", map(text, range(5)))
+    with pytest.raises(DataError, match="gpt2"):
+        prepare(tmp_path / "out", few, tokenizer="gpt2")
+    with pytest.raises(DataError, match=r"--held-out=([0-9.]+) leaves some on both sides") as refusal:
+        prepare(tmp_path / "out", few, held_out=0.0001)
+    works = float(str(refusal.value).partition("--held-out=")[2].partition(" ")[0])
+    assert prepare(tmp_path / "out", few, held_out=works)["records"]["kept"] == 5
+
+
+def test_an_output_inside_of_a_source_is_refused_at_once(tmp_path):
+    write(tmp_path / "a.jsonl", map(text, range(50)))
+    with pytest.raises(UsageError, match="would change while it is read"):
+        prepare(tmp_path / "out", tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pair_that_cleaning_makes_equal_is_removed(tmp_path):
+    pairs = [{"prompt": f"Mail {i}?", "chosen": f"a{i}@b.com", "rejected": f"c{i}@d.com"} for i in range(30)]
+    pairs += [{"prompt": f"Name {i}?", "chosen": f"Anna {i}", "rejected": f"Bert {i}"} for i in range(30)]
+    manifest = prepare(tmp_path / "out", write(tmp_path / "a.jsonl", pairs), recipe=Recipe(steps="redact"), vocab_size=262)
+    assert manifest["steps"]["redact"]["removed"] == {"chosen and rejected are equal": 30}
+
+
+def test_equal_questions_are_on_one_side_whatever_the_answers(tmp_path):
+    pairs = [
+        {"prompt": f"What is {i % 60}?", "chosen": f"It is {i}.", "rejected": "No idea, sorry, none at all."}
+        for i in range(240)
+    ]
+    prepare(tmp_path / "out", write(tmp_path / "a.jsonl", pairs))
+    corpus = open_corpus(tmp_path / "out")
+    train, held_out = (
+        {each.partition("<|assistant|>")[0] for each in texts_of(corpus, side)} for side in ("train", "held_out")
+    )
+    assert held_out
+    assert not train & held_out
+
+
+def test_what_a_kill_left_after_the_manifest_is_removed(tmp_path, sources):
+    prepare(tmp_path / "out", *sources)
+    (tmp_path / "out" / "work" / "unit-000000").mkdir(parents=True)
+    prepare(tmp_path / "out", *sources)
+    assert not (tmp_path / "out" / "work").exists()
