@@ -60,6 +60,12 @@ def test_answers_are_those_of_comparing_all_runs(evaluations, document):
     assert bool(removed([" ".join(each) for each in evaluations], " ".join(document), ngram)) == (shared or whole)
 
 
+def test_many_texts_that_share_nothing_are_kept():
+    """Of 900 runs, the map of the first bits of hashes lets dozens through to the search."""
+    evaluations, documents = ([" ".join(f"{side}{i}x{j}" for j in range(30)) for i in range(50)] for side in "ab")
+    assert not any(removed(evaluations, each, 13) for each in documents)
+
+
 @pytest.mark.parametrize("texts", [[], ["", "..."]])
 def test_nothing_to_compare_with_is_refused(texts):
     with pytest.raises(UsageError, match="--against"):

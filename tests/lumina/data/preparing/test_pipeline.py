@@ -89,6 +89,13 @@ def test_every_record_is_accounted_for(tmp_path):
     assert samples["exact"][0]["after"] == "" if "after" in samples["exact"][0] else "as " in samples["exact"][0]["before"]
 
 
+def test_the_rejects_that_are_named_are_the_first_of_their_kind(tmp_path):
+    path = write(tmp_path / "a.jsonl", [3 if i % 4 == 3 else text(i) for i in range(100)])
+    prepare(tmp_path / "out", path)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == [f"{path}:{number}" for number in (4, 8, 12, 16, 20)]
+
+
 def test_the_index_cuts_the_streams_into_the_documents_in_order(tmp_path):
     path = write(tmp_path / "a.jsonl", [text(i) for i in range(100)])
     prepare(tmp_path / "out", path)
@@ -296,6 +303,19 @@ def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
     with pytest.raises(UsageError, match="fingerprint"):
         prepare(tmp_path / "out", *sources)
     assert digests(tmp_path / "out") == before
+
+
+def test_a_source_that_changes_until_the_shards_are_written_is_refused(tmp_path, sources, monkeypatch):
+    merged = merge.merge
+
+    def changing(*given):
+        sources[1].write_text("Another text.\n" * 50)
+        return merged(*given)
+
+    monkeypatch.setattr(merge, "merge", changing)
+    with pytest.raises(DataError, match="changed while it was being read"):
+        prepare(tmp_path / "out", *sources)
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path, sources):
