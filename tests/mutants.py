@@ -1,7 +1,8 @@
 """Plant known mistakes one at a time, and see that the suite catches each: make mutants [ARGS='part of a name']
 
 Each mistake is a replacement of text in a copy of the project; the tests named beside it must then fail. Exits 1 when one
-survives, or when the text to replace is no longer there: then the code has moved, and this list should follow.
+survives, or when the text to replace is no longer there: then the code has moved, and the lists, here and in
+mutants_of_data.py, should follow.
 """
 
 import os
@@ -12,7 +13,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+
+from mutant import Mutant
+from mutants_of_data import DATA
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = (
@@ -27,17 +30,6 @@ PARTS = (
     "conftest.py",
     "pyproject.toml",
 )
-
-
-class Mutant(NamedTuple):
-    """A mistake, where it goes, and what must notice."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: str  # a file, or a test in it, below tests/ or in parity_tests/
-
 
 STEP, OPTIMIZER, MODEL = "lumina_jax/test_step.py", "lumina_jax/test_optimizer.py", "lumina_jax/test_model.py"
 MOE, MOD, ATTENTION, LOSS = (f"lumina_jax/test_{name}.py" for name in ("moe", "mod", "attention", "loss"))
@@ -1727,7 +1719,7 @@ def plant(mutant: Mutant, directory: Path) -> str:
 
 def main() -> int:
     """Plant every mistake whose name contains the argument; print a line each."""
-    chosen = [mutant for mutant in MUTANTS if not sys.argv[1:] or sys.argv[1] in mutant.name]
+    chosen = [mutant for mutant in [*MUTANTS, *DATA] if not sys.argv[1:] or sys.argv[1] in mutant.name]
     for mutant in chosen:
         if mutant.right not in (ROOT / mutant.file).read_text(encoding="utf-8"):
             sys.exit(f"error: {mutant.name}: {mutant.file} no longer holds {mutant.right!r}")
