@@ -3,7 +3,7 @@
 # The first of these that is Python 3.11 to 3.13 makes .venv; to choose one: make setup PYTHON=/path/to/python3.12
 PYTHON ?= python3 python3.13 python3.12 python3.11
 ARGS ?=
-PYTEST_ARGS ?= -q -n 2 --dist loadfile
+PYTEST_ARGS ?= -q -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin/python

@@ -11,6 +11,7 @@ from lumina.config import save
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
 from lumina.runs.steps import Steps
+from tests.compiling import QUICKLY
 from tests.launch.scripts import ROOT
 from tests.lumina_jax.tiny import tiny
 from tests.waiting import GIVES_UP, until
@@ -28,7 +29,7 @@ def supervised(tmp_path):
         "PYTHONPATH": str(ROOT),
         "CONFIG": str(tmp_path / "config.json"),
         "WORKDIR": str(tmp_path / "run"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICKLY,
     }
     command = [sys.executable, "-m", "lumina.cli", "run", "--max-restarts", "1", "--", "launch/local.sh"]
     with (tmp_path / "said.txt").open("w") as said:

@@ -59,10 +59,10 @@ def initial(config, mesh=None):
     return jax.jit(lambda: init_state(config)[1], out_shardings=whole(mesh or one_device()))()
 
 
-def doubled(config, mesh=None):
+def doubled(config):
     """The initial state in float64."""
     state = jax.device_get(initial(config))
-    return placed(jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, state), mesh)
+    return placed(jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, state))
 
 
 def assert_states_close(actual, expected):
@@ -132,18 +132,18 @@ def exact():
     with jax.enable_x64(True):
         batch = random_batch() | {"weights": UNEVEN.astype(np.float64)}
         config = double(1)
-        graphdef, state = state_shapes(config)[1], doubled(config)
-        found = {"batch": batch, "start": jax.device_get(state), "gradient": {}}
+        graphdef, start = state_shapes(config)[1], doubled(config)
+        found = {"batch": batch, "start": jax.device_get(start), "gradient": {}}
         slope = jax.grad(
-            lambda p, together_BB: plain_loss(config, graphdef, Variables(p, state.variables.biases), batch, together_BB),
+            lambda p, together_BB: plain_loss(config, graphdef, Variables(p, start.variables.biases), batch, together_BB),
             has_aux=True,
         )
         slope = jax.jit(slope)
         for over, parts in PARTS.items():
             together_BB = np.array([[any({a, b} <= {*part} for part in parts) for b in range(4)] for a in range(4)], float)
-            found["gradient"][over], found["metrics"] = jax.device_get(slope(state.variables.params, together_BB))
+            found["gradient"][over], found["metrics"] = jax.device_get(slope(start.variables.params, together_BB))
         for over, M in EXACT:
-            config, state, states, history = double(M, over), doubled(double(M, over)), [], []
+            config, state, states, history = double(M, over), start, [], []
             step = jax.jit(make_train_step(config, graphdef, dtype=jnp.float64))
             for _ in range(STEPS):
                 state, metrics = step(state, batch, controls(config))
@@ -306,13 +306,13 @@ def both_kinds(over, M):
 def spread():
     """What SPREAD names -> numpy results of two steps in float64 and, last, of a batch that has a NaN in one row."""
     with jax.enable_x64(True):
-        batch, found = random_batch(8) | {"weights": UNEVEN_8}, {}
+        batch, found, start = random_batch(8) | {"weights": UNEVEN_8}, {}, doubled(both_kinds("batch", 1))
         bad = UNEVEN_8.copy()
         bad[6, 3] = np.nan
         for over, N, M in SPREAD:
             config = both_kinds(over, M)
             mesh = mesh_of(Sizes(data=N), jax.devices()[:N])
-            state = doubled(config, mesh)
+            state = placed(start, mesh)
             step = jax.jit(make_train_step(config, state_shapes(config)[1], mesh, TOKEN_BYTES, jnp.float64))
             knobs, history = controls(config, stop_N=np.arange(N, dtype=np.int32)), []
             for weights in (UNEVEN_8, UNEVEN_8, bad):

@@ -31,6 +31,7 @@ from lumina_jax import hosts
 from lumina_jax.checkpoint import Checkpoints, by_name
 from lumina_jax.hosts import join
 from lumina_jax.step import state_shapes
+from tests.compiling import QUICKLY
 from tests.lumina_jax.tiny import tiny
 
 CONFIG = tiny()
@@ -172,7 +173,7 @@ def fork(directory, chapter, count, number, devices, address, scenario):
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
     for name, fd in (("out", 1), ("errors", 2)):
         os.dup2(os.open(directory / f"{name}-{chapter}-{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 --xla_force_host_platform_device_count={devices}"
+    os.environ["XLA_FLAGS"] = f"{QUICKLY} --xla_force_host_platform_device_count={devices}"
     if count > 1:
         os.environ.update(zip(OWN, (address, str(count), str(number)), strict=True))
     exit_with(lambda: run(directory, *scenario))
