@@ -69,7 +69,10 @@ def library(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def made():
-    return list(conversations()), list(preferences())
+    read = list(definitions())  # once for both
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(docstrings, "definitions", lambda: iter(read))
+        return list(conversations()), list(preferences())
 
 
 def test_definitions_are_functions_methods_and_classes_with_what_they_say(library):
