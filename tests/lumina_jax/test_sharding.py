@@ -50,11 +50,12 @@ def dropless():
 CONFIGS = {"capacity": capacity, "dropless": dropless}
 
 
-def steps(config, sizes, dtype, count=2):
+def steps(name, sizes, dtype, count=2):
     """(state, metrics) of each step, then held-out sums, as numpy arrays."""
+    config = CONFIGS[name]()
     mesh = mesh_of(sizes, jax.devices()[: sizes.devices])
     graphdef, found = state_shapes(config)[1], []
-    state = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == np.float32 else a, _initial(config))
+    state = jax.tree.map(lambda a: a.astype(dtype) if a.dtype == np.float32 else a, _initial(name))
     state = jax.device_put(state, shardings(config, mesh, state))
     step = jax.jit(make_train_step(config, graphdef, mesh, TOKEN_BYTES, dtype))
     for number in range(count):
@@ -65,8 +66,9 @@ def steps(config, sizes, dtype, count=2):
     return found, jax.device_get(held_out)
 
 
-def _initial(config):
-    return jax.device_get(jax.jit(lambda: init_state(config)[1])())
+@functools.cache
+def _initial(name):
+    return jax.device_get(jax.jit(lambda: init_state(CONFIGS[name]())[1])())
 
 
 def _batch(number, dtype):
@@ -88,7 +90,7 @@ def apart(found, wanted):
 @functools.cache
 def _of_one_device(name):
     with jax.enable_x64(True):
-        return steps(CONFIGS[name](), Sizes(), np.float64)
+        return steps(name, Sizes(), np.float64)
 
 
 # Shares of tokens are means of float32 in any case.
@@ -99,7 +101,7 @@ def _of_one_device(name):
 def test_every_mesh_makes_the_steps_of_one_device(name, sizes):
     one, of_one = _of_one_device(name)
     with jax.enable_x64(True):
-        several, of_several = steps(CONFIGS[name](), sizes, np.float64)
+        several, of_several = steps(name, sizes, np.float64)
     for (a, metrics_a), (b, metrics_b) in zip(several, one, strict=True):
         assert metrics_a.pop("stop") == sizes.devices
         assert metrics_a.keys() == metrics_b.keys() - {"stop"} >= {"loss", "moe", "mod", "text_bytes"}
@@ -113,7 +115,7 @@ def test_every_mesh_makes_the_steps_of_one_device(name, sizes):
 def test_in_float32_gradients_stay_within_the_lane(name):
     """The first moment after one step is the gradient, scaled."""
     sizes = Sizes(fsdp=2, expert=2, tensor=2)
-    (one, of_one), (several, of_several) = (steps(CONFIGS[name](), each, np.float32, 1) for each in (Sizes(), sizes))
+    (one, of_one), (several, of_several) = (steps(name, each, np.float32, 1) for each in (Sizes(), sizes))
     (a, metrics_a), (b, metrics_b) = several[0], one[0]
     record("sharded", f"{name}, {sizes}", apart(a.optimizer[1].mu, b.optimizer[1].mu))
     losses = apart((metrics_a["loss"], of_several["loss"]), (metrics_b["loss"], of_one["loss"]))
@@ -187,7 +189,7 @@ def test_what_a_device_keeps_is_what_the_rules_say():
     mesh = mesh_of(sizes, jax.devices())
     state = jax.jit(lambda: init_state(config)[1], out_shardings=shardings(config, mesh, state_shapes(config)[0]))()
     found = by_canonical_name(config.model, state.variables.params)
-    for name, array in by_canonical_name(config.model, _initial(config).variables.params).items():
+    for name, array in by_canonical_name(config.model, _initial("capacity").variables.params).items():
         assert np.array_equal(found[name], array)  # values do not depend on the mesh
     # D 32 over fsdp x expert, or over fsdp alone for experts; 4 heads, 24 of F and V over tensor; 4 experts over expert.
     second, moments = state.variables.params["segments"][0][1], state.optimizer[1].mu["segments"][0][1]
