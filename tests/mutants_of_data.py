@@ -17,7 +17,7 @@ TOKENIZERS, SHOW, CHECKING, REPORT_PAGE = (
     f"lumina/data/reports/test_{name}.py::test" for name in ("tokenizers", "show", "checking", "report_page")
 )
 TEXT, REPORT, HEALTH = (f"lumina/runs/test_{name}.py::test" for name in ("text", "report", "health"))
-HOSTS = "lumina_jax/test_hosts.py::test"
+STAGED, HOSTS = (f"lumina_jax/test_{name}.py::test" for name in ("stages", "hosts"))
 
 DATA = [
     # --------------------------------------------------------------------------------------- conversations as token ids
@@ -516,13 +516,6 @@ DATA = [
         f"{PACKING}_what_counts_is_found_whatever_is_looked_at_at_once",
     ),
     Mutant(
-        "an input that is no target counts",
-        "lumina/data/packing.py",
-        "before[starts[first:last] + 1 - base]",
-        "before[starts[first:last] - base]",
-        f"{PACKING}_every_word_of_an_assistant_is_learned_once_and_none_of_a_user",
-    ),
-    Mutant(
         "long conversations split at any turn",
         "lumina/data/packing.py",
         "for j in range(most, i, -1) if users[j]), most)",
@@ -679,11 +672,18 @@ DATA = [
         "lumina/runs/test_origin.py::test_of_itself_a_run_on_other_data_begins_from_weights_and_else_from_the_state",
     ),
     Mutant(
+        "a tokenizer of its own for another's weights",
+        "lumina/runs/train.py",
+        "    if origin is None or path is None:",
+        "    if True:",
+        f"{STAGED}_fine_tuning_begins_from_the_weights_with_their_tokenizer",
+    ),
+    Mutant(
         "evaluation of the first source",
         "lumina_jax/train.py",
         "for name, of in text.held_out.items()}",
         "for name, of in list(text.held_out.items())[:1]}",
-        "lumina_jax/test_stages.py::test_an_evaluation_is_over_the_tokens_of_all_sources_and_tells_of_each",
+        f"{STAGED}_an_evaluation_is_over_the_tokens_of_all_sources_and_tells_of_each",
     ),
     Mutant(
         "a hybrid's steps may change",
