@@ -149,13 +149,6 @@ DATA = [
         f"{DOCSTRINGS}_definitions_are_functions_methods_and_classes_with_what_they_say",
     ),
     Mutant(
-        "a group does not decide the split",
-        "lumina/data/records.py",
-        "place(self.group or self.text)",
-        "place(self.text)",
-        f"{DOCSTRINGS}_what_is_asked_of_one_docstring_is_on_one_side_of_a_split",
-    ),
-    Mutant(
         "a line that a unit ends with is read by the next, too",
         "lumina/data/reading/streams.py",
         "    while not size or read < size:",
@@ -327,8 +320,8 @@ DATA = [
     Mutant(
         "exact duplicates across kinds",
         "lumina/data/cleaning/duplicates.py",
-        'f"{document.kind}\\0{document.text}"',
-        'f"text\\0{document.text}"',
+        "json.dumps([document.kind, document.plain, ",
+        "json.dumps([document.plain, ",
         f"{DUPLICATES}_exact_keys_tell_kinds_and_texts_apart",
     ),
     Mutant(
@@ -492,13 +485,6 @@ DATA = [
         "if where >= least and (where - least)",
         "if where >= 0 and (where - least)",
         f"{TOKENIZERS}_compression_is_counted_on_the_held_out_texts_alone",
-    ),
-    Mutant(
-        "another order goes on in the same directory",
-        "lumina/data/preparing/directory.py",
-        "    if changed:\n",
-        "    if False:\n",
-        f"{PIPELINE}_a_directory_of_another_order_is_left_alone",
     ),
     # ------------------------------------------------------------------------------------------------- packing and rows
     Mutant(
