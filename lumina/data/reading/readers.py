@@ -8,7 +8,7 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +25,7 @@ from lumina.data.records import Document, Reject
 from lumina.errors import DataError
 
 UNIT_BYTES = 16 * 2**20
+UNIT_FILES = 2000  # of a few bytes each, so that many workers have something to read
 READ_BYTES = 2**20
 PROGRESS_SECONDS = 2.0
 TAGS = {"text": "txt"}  # in fingerprints, for those that manifests of the first releases hold
@@ -88,7 +89,7 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
     units: list[Unit] = []
     for spec, found in sources:
         if found:
-            units += _cut(spec, found, survey, digest.update)
+            units += _shared(_cut(spec, found, survey, digest.update))
         else:
             units += _of_hub(spec, digest.update, said) if spec.startswith(PREFIX) else _embedded(spec, digest.update, said)
     units = [unit._replace(number=number) for number, unit in enumerate(units)]
@@ -191,9 +192,8 @@ class _Survey:
             self.progress(f"looked through {self.read / 1e6:,.0f} of {self.total / 1e6:,.0f} MB, {rate:,.0f} MB/s")
 
 
-def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes], None]) -> list[Unit]:
-    """Units of about UNIT_BYTES: parts of large files, groups of small ones."""
-    units: list[Unit] = []
+def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes], None]) -> Iterator[Unit]:
+    """A unit a file, but for large ones: parts of about UNIT_BYTES."""
     for each in found:
         contents, cuts = _ranges(survey.chunks(each.path))
         tag = "oasst" if each.trees else TAGS.get(each.format, each.format)
@@ -202,19 +202,33 @@ def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes
             cuts = _groups(each) if each.format in ("parquet", "arrow") and not each.trees else []
         unit = Unit(0, spec, shown(each.path), each.format, paths=(each.path,), encoding=each.encoding, trees=each.trees)
         if len(cuts) > 1:
-            units += [unit._replace(start=start, stop=stop, first=first, bytes=size) for start, stop, first, size in cuts]
-            continue
-        unit = unit._replace(bytes=os.path.getsize(each.path))
-        if units and _fits(units[-1], unit):
-            units[-1] = units[-1]._replace(paths=(*units[-1].paths, each.path), bytes=units[-1].bytes + unit.bytes)
+            for start, stop, first, size in cuts:
+                yield unit._replace(start=start, stop=stop, first=first, bytes=size)
         else:
-            units.append(unit)
-    return units
+            yield unit._replace(bytes=os.path.getsize(each.path))
 
 
-def _fits(unit: Unit, more: Unit) -> bool:
+def _shared(units: Iterable[Unit]) -> list[Unit]:
+    """The same units in the same order, with small files in a row in one unit: UNIT_BYTES and UNIT_FILES at most."""
+    groups: list[list[Unit]] = []
+    size = 0
+    for unit in units:
+        if groups and _is_alike(groups[-1][0], unit) and size + unit.bytes <= UNIT_BYTES and len(groups[-1]) < UNIT_FILES:
+            groups[-1].append(unit)
+            size += unit.bytes
+        else:
+            groups.append([unit])
+            size = unit.bytes
+    return [
+        group[0]._replace(paths=tuple(path for unit in group for path in unit.paths), bytes=sum(unit.bytes for unit in group))
+        for group in groups
+    ]
+
+
+def _is_alike(unit: Unit, more: Unit) -> bool:
+    """Whether both are whole files that are read in the same way."""
     alike = (unit.format, unit.encoding, unit.trees) == (more.format, more.encoding, more.trees)
-    return alike and not unit.stop and unit.bytes + more.bytes <= UNIT_BYTES
+    return alike and not unit.stop and not more.stop
 
 
 def _groups(found: Found) -> list[Cut]:
@@ -265,14 +279,7 @@ def _embedded(spec: str, update: Callable[[bytes], None], said: list[str]) -> li
             return [Unit(0, spec, spec, spec, bytes=sum(os.path.getsize(root / name) for name in names))]
         update(contents)
         said.append(f"stdlib: {len(names):,} files of {root}, a document a file")
-        units: list[Unit] = []
-        for name in names:
-            size = os.path.getsize(root / name)
-            if units and units[-1].bytes + size <= UNIT_BYTES:
-                units[-1] = units[-1]._replace(paths=(*units[-1].paths, name), bytes=units[-1].bytes + size)
-            else:
-                units.append(Unit(0, spec, spec, spec, paths=(name,), bytes=size))
-    return units
+        return _shared(Unit(0, spec, spec, spec, paths=(name,), bytes=os.path.getsize(root / name)) for name in names)
 
 
 def _docstrings(spec: str) -> Iterator[Document]:

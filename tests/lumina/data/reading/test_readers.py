@@ -123,6 +123,18 @@ def test_large_files_are_cut_and_small_ones_share_a_unit(tmp_path, monkeypatch):
     assert [record.name for record in records(groups)] == [f"{tmp_path}/a.pq[{n}]" for n in range(90)]
 
 
+def test_a_unit_has_no_more_files_than_a_worker_should_read_alone(tmp_path, monkeypatch):
+    for n in range(7):
+        (tmp_path / f"{n}.txt").write_text(str(n))
+    (whole,) = plan([str(tmp_path)], Recipe()).units
+    monkeypatch.setattr(readers, "UNIT_FILES", 3)
+    units = plan([str(tmp_path)], Recipe()).units
+    assert [(unit.number, len(unit.paths), unit.bytes) for unit in units] == [(0, 3, 3), (1, 3, 3), (2, 1, 1)]
+    assert tuple(path for unit in units for path in unit.paths) == whole.paths
+    assert [unit.name for unit in units] == [unit.paths[0] for unit in units]
+    assert records(units) == records([whole])
+
+
 def test_small_files_of_one_kind_with_another_between_them_keep_their_order(tmp_path):
     for name in ("a.txt", "b.jsonl", "c.txt"):
         (tmp_path / name).write_text(json.dumps({"text": name}))
