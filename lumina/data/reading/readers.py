@@ -197,6 +197,8 @@ def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes
     for each in found:
         contents, cuts = _ranges(survey.chunks(each.path))
         tag = "oasst" if each.trees else TAGS.get(each.format, each.format)
+        if each.encoding:
+            tag = f"{tag}.{each.encoding}"  # by a file's name the same bytes may be compressed or not
         update(hashlib.sha256(tag.encode() + contents).digest())
         if each.trees or each.encoding or each.format not in ("lines", "jsonl"):
             cuts = _groups(each) if each.format in ("parquet", "arrow") and not each.trees else []

@@ -1,6 +1,7 @@
 import bz2
 import csv
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -439,6 +440,16 @@ def test_the_fingerprint_is_of_contents_their_order_and_formats_wherever_they_li
     assert of[0] == of[1]
     assert len(set(of[0])) == len(names)
     assert plan([f"{tmp_path}/one/a.txt"], Recipe(format="lines")).fingerprint not in of[0]
+
+
+def test_the_same_bytes_in_another_encoding_have_another_fingerprint(tmp_path):
+    content = b'{"text": "x"}\n'
+    for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz"):
+        (tmp_path / name).write_bytes(content)
+    of = [plan([f"{tmp_path}/{name}"], Recipe()).fingerprint for name in ("a.jsonl", "a.jsonl.gz", "a.jsonl.xz")]
+    assert len(set(of)) == 3
+    plain = hashlib.sha256(b"jsonl" + hashlib.sha256(content).digest()).digest()
+    assert of[0] == hashlib.sha256(plain).hexdigest()
 
 
 def test_synthetic_text_never_changes():
