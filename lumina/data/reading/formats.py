@@ -127,8 +127,7 @@ def _by_line(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
         for line, is_whole in lines(stream.file, part.stop - part.start if part.stop else 0, limit(recipe)):
             if not line.endswith(b"\n") and stream.damage():
                 break
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
+            line = line.removeprefix(BYTE_ORDER_MARK)  # of any line: files that begin with one may have been joined
             name = f"{shown_path}:{number}"
             number += 1
             if not is_whole:

@@ -97,7 +97,7 @@ def test_every_line_of_jsonl_is_one_record_by_a_reader_of_a_few_lines(tmp_path_f
         return
     expected = []
     for number, line in enumerate(lines, 1):
-        line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+        line = line.removeprefix(b"\xef\xbb\xbf")
         if len(line) > 80 or line.strip():
             expected.append((f"{path}:{number}", line))
     found = read_all(path, max_record_mb=80e-6)
@@ -171,6 +171,7 @@ def test_the_torture_folder_is_accounted_for_to_the_record(tmp_path):
         "empty.jsonl": (b"", []),
         "blank.jsonl": (b"\n  \n\r\n", []),
         "bom.jsonl": (b'\xef\xbb\xbf{"text": "good"}\r\n', [(":1", "good")]),
+        "joined.jsonl": (b'\xef\xbb\xbf{"text": "good"}\n\xef\xbb\xbf{"text": "other"}\n', [(":1", "good"), (":2", "other")]),
         "utf8.jsonl": (b'{"text": "\xff"}\n{"text": "good"}', [(":1", ["not UTF-8"]), (":2", "good")]),
         "nul.jsonl": (b'{"text": "a\\u0000"}\n{"text": "a\0"}', [(":1", ["NUL byte"]), (":2", ["not JSON"])]),
         "surrogate.jsonl": (b'{"text": "a\\ud800b"}', [(":1", ["lone surrogate"])]),
