@@ -20,6 +20,7 @@ QUESTION_FIELDS = ("instruction", "prompt", "question", "query")
 CONTEXT_FIELDS = ("input", "context")  # what an instruction is about, below it
 ANSWER_FIELDS = ("output", "response", "completion", "answer")
 SYSTEM_FIELDS = ("system", "system_prompt")
+TURNS_FIELDS = frozenset({"chosen", *MESSAGE_FIELDS, *ANSWER_FIELDS})  # a record without any of them is a text
 ROLE_KEYS, TEXT_KEYS = ("role", "from", "author", "speaker"), ("content", "value", "text", "message")
 
 _DIALOGUE = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # how a whole conversation is one string in Anthropic's pairs
@@ -69,6 +70,8 @@ def form(value: Any, text_field: str = "") -> str:
 def _document(value: Mapping[str, Any], name: str, text_field: str) -> Document:
     if text_field:
         return _text(value, name, (text_field,))
+    if TURNS_FIELDS.isdisjoint(value):
+        return _text(value, name, TEXT_FIELDS)
     if _is_preference(value):
         return _preference(value, name)
     if field := _messages_field(value):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lumina.data.reading import conversations
 from lumina.data.reading.conversations import document, form
 from lumina.data.reading.turns import ALIASES, TOOLS, Fault, role_of, validated
 from lumina.data.records import Document, Reject, Turn
@@ -55,6 +56,18 @@ CONVERSATIONS = {
     "empty system field": ({"system_prompt": "", "question": "a", "answer": "b"}, turns("a", "b")),
     "input and output": ({"input": "a", "output": "b"}, turns("a", "b")),
 }
+
+
+FIELDS = ("chosen", "rejected", "system", "id", *conversations.MESSAGE_FIELDS, *conversations.QUESTION_FIELDS)
+FIELDS += (*conversations.CONTEXT_FIELDS, *conversations.ANSWER_FIELDS, *conversations.TEXT_FIELDS)
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(["a", "b", None, 1, [], messages(*ASKED)]), max_size=4))
+def test_a_record_that_can_only_be_a_text_is_what_it_is_when_all_else_is_asked_first(value):
+    found = document(value, "name")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversations, "TURNS_FIELDS", frozenset(FIELDS) | value.keys())
+        assert document(value, "name") == found
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
