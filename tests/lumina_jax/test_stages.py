@@ -38,7 +38,8 @@ def files(tmp_path_factory):
 
 def config(source, steps=9, **data):
     made = tiny("dense", model={"num_layers": 1}, steps=steps, eval_every=0)
-    made.data.source, made.data.sequence_length, made.data.held_out = source, LONG, 0.2
+    made.data.source = "stdlib" if "stages" in data else source
+    made.data.sequence_length, made.data.held_out = LONG, 0.2
     made.checkpoint.every, made.mesh.data, made.monitor.log_every = 3, 1, 1
     made.monitor.sample_prompt, made.monitor.sample_tokens, made.monitor.tensorboard = "s", 4, False
     for name, value in data.items():

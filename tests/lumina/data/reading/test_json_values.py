@@ -87,7 +87,7 @@ def test_what_follows_a_broken_value_is_the_same_decoded_alone_as_in_its_window(
         found = []
         for always in (False, True):
             patch.setattr(json_values._Window, "is_broken", property(lambda _, a=always: a, lambda *_: None), raising=False)
-            found.append(list(values(io.BytesIO(content.encode()), 10**5)))
+            found.append(list(values(io.BytesIO(f"[{content}".encode()), 10**5)))
     assert found[0] == found[1]
 
 
