@@ -10,7 +10,7 @@ WINDOW_BYTES = 2**20
 SOURCE_CHARACTERS = 1000  # kept of a value that is too large
 
 _SEPARATORS = re.compile(r"[\s,]*+")
-_SCALAR = re.compile(r"[^\s,\[\]{}]++|.", re.DOTALL)
+_WORD = re.compile(r"[^\s,\[\]{}]*+")
 _BRACKET_OR_QUOTE = re.compile(r'["\[\]{}]')
 _STRING = re.compile(r'(?:[^"\\\n]++|\\.)*+')
 _NEXT_LINE = re.compile(r"\n[ \t\r]*+[\[\]{]")
@@ -148,7 +148,7 @@ class _Scan:
     def __init__(self) -> None:
         self.read = 0  # characters of the value that are done with
         self._depth = 0
-        self._place = "outside"  # of strings; or in a "string", or behind a "broken" one
+        self._place = "outside"  # of strings; or in a "string", behind a "broken" one, or in a "word" or number
 
     def end(self, text: str, start: int, ended: bool) -> int:
         """Where the value that begins at `start` ends, or -1 if that is not in the text. `ended`: nothing comes after it."""
@@ -165,12 +165,16 @@ class _Scan:
                     return found.start()
                 at = max(at, text.rfind("\n", at))
                 break
-            elif not self._depth and text[at] not in '"[{':
-                at = _SCALAR.match(text, at).end()  # type: ignore[union-attr]  # it matches any character
+            elif self._place == "word":
+                at = _WORD.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing, too
                 if at < len(text) or ended:
                     return at
-                at -= 1  # so that what comes is still seen to be one
+                at -= 1  # so that at the end there is something to look at
                 break
+            elif not self._depth and text[at] in "]}":
+                return at + 1
+            elif not self._depth and text[at] not in '"[{':
+                self._place = "word"
             else:
                 found = _BRACKET_OR_QUOTE.search(text, at)
                 at = found.end() if found else len(text)

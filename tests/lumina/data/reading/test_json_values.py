@@ -2,7 +2,7 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lumina.data.reading import json_values
@@ -80,15 +80,17 @@ PIECES = [
 ]
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.sampled_from([1, 5, 2**20]))
-def test_what_follows_a_broken_value_is_the_same_decoded_alone_as_in_its_window(content, size):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(json_values, "WINDOW_BYTES", size)
-        found = []
-        for always in (False, True):
-            patch.setattr(json_values._Window, "is_broken", property(lambda _, a=always: a, lambda *_: None), raising=False)
-            found.append(list(values(io.BytesIO(f"[{content}".encode()), 10**5)))
-    assert found[0] == found[1]
+@given(st.lists(st.sampled_from(PIECES), max_size=30).map("".join), st.integers(1, 9))
+@example('1"{"a": 1}', 1)
+def test_broken_values_are_the_same_in_any_window_and_decoded_alone(content, size):
+    found = []
+    for window, alone in ((2**20, False), (size, False), (size, True)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(json_values, "WINDOW_BYTES", window)
+            if alone:
+                patch.setattr(json_values._Window, "is_broken", property(lambda _: True, lambda *_: None), raising=False)
+            found.append(list(values(io.BytesIO(content.encode()), 10**5)))
+    assert found[0] == found[1] == found[2]
 
 
 def test_the_cost_of_broken_values_is_not_that_of_their_window_each(monkeypatch):
