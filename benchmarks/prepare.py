@@ -8,6 +8,7 @@ in two forms: what is private to them, and with what they share or map from file
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -96,13 +97,7 @@ class _Encode:
         return {"ids": [encode(text) for text in batch["text"]]}
 
 
-_tokenizers: dict[str, object] = {}
-
-
-def _loaded(name: str) -> "load_tokenizer":  # type: ignore[valid-type]
-    if name not in _tokenizers:
-        _tokenizers[name] = load_tokenizer(name)
-    return _tokenizers[name]
+_loaded = functools.lru_cache(1)(load_tokenizer)
 
 
 def started(*arguments: object) -> "subprocess.Popen[bytes]":

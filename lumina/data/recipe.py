@@ -7,7 +7,7 @@ from typing import Any
 from lumina.errors import UsageError
 
 # In this order whatever the order they are named in: what changes a text comes before what judges it.
-STEPS = ("repair", "control", "redact", "length", "quality", "language", "exact", "near", "decontaminate")
+STEPS = ("repair", "control", "redact", "length", "quality", "language", "decontaminate", "exact", "near")
 DEFAULT_STEPS = "control,exact"
 
 
