@@ -449,7 +449,7 @@ def test_importing_all_of_lumina_torch_loads_no_jax():
 def test_stages_of_another_length_and_mixture_are_trained_on_and_told_of(tmp_path):
     text, talk, run = texts(tmp_path / "texts.jsonl"), chats(tmp_path / "chats.jsonl"), RunDirectory(tmp_path / "run")
     settings = config(steps=6, eval_every=0)
-    settings.data.source, settings.data.sequence_length, settings.data.held_out = text, 32, 0.2
+    settings.data.source, settings.data.sequence_length, settings.data.held_out = "stdlib", 32, 0.2
     settings.data.stages = f"3 x 16: {text}; {text}@1, {talk}@1"
     settings.monitor.sample_prompt = "s"
     assert train_and_evaluate(settings, run.path) == 0
