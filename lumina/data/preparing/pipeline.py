@@ -196,7 +196,7 @@ def training_texts(
     """
     from lumina.tokenizer import MOST_TRAINING_BYTES
 
-    account, places, size = Account(), array("d"), 0
+    account, places, size, most = Account(), array("d"), 0, 0.95 * MOST_TRAINING_BYTES
     meter = Meter("read for the tokenizer", sum(planned.bytes for _, planned in orders), say)
     for order, planned in orders:
         least = order.held_out
@@ -204,9 +204,11 @@ def training_texts(
             for document in cleaned(unit, order.recipe, account):
                 places.append(where := document.place)
                 if where >= least and (where - least) / (1 - least) <= share:
-                    size += len(document.text.encode("utf-8"))
-                    if size <= 0.95 * MOST_TRAINING_BYTES:  # where files expand more than was expected
+                    before, size = size, size + len(document.text.encode("utf-8"))
+                    if size <= most:
                         yield document.text
+                    elif before <= most:  # compressed files expand more than was expected
+                        say(f"the tokenizer learns from the first {most / 1e9:.1f} GB alone: ask for a smaller sample")
                 elif where < least and held_out:
                     held_out(document.text, where / least)
             meter.add(unit.bytes, 0, len(places) - meter.documents)

@@ -1,6 +1,7 @@
 """Packed rows: every target once, no piece across documents, conversations split at turns, little waste, whole files."""
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -313,3 +314,12 @@ def test_a_worker_maps_the_files_instead_of_being_sent_them(tmp_path):
 def test_a_report_is_readable(tmp_path):
     kept(tmp_path / "p", a_plan)
     assert json.loads((tmp_path / "p" / "report.json").read_text())["report"]["cut_documents"] == 1
+
+
+@pytest.mark.parametrize("name", ["starts.npy", "rows.npy", "report.json"])
+@pytest.mark.parametrize("size", [0, 10, 130])
+def test_a_plan_whose_file_was_cut_is_made_again(tmp_path, name, size):
+    kept(tmp_path / "p", a_plan)
+    os.truncate(tmp_path / "p" / name, size)
+    assert same(kept(tmp_path / "p", a_plan), a_plan())
+    assert same(load(tmp_path / "p"), a_plan())

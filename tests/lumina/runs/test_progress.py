@@ -2,12 +2,15 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
 from lumina.config import GuardConfig
 from lumina.errors import DoNotRetryError
 from lumina.runs.progress import Progress, diagnosis, must_rewind
+from lumina.runs.report import Reporter
+from lumina.stages import Stage
 
 NAN, INF = math.nan, math.inf
 
@@ -111,3 +114,11 @@ def test_each_stage_has_a_best_and_a_patience_of_its_own():
     better = [progress.evaluated(step, {}, loss, step // 4) for step, loss in enumerate([2.0, 3.0, 3.0, 3.0, 9.0, 8.0, 8.5])]
     assert better == [True, False, False, False, True, True, False]
     assert (progress.best_step, progress.best_loss, progress.evaluations_without_improvement) == (5, 8.0, 1)
+
+
+def test_a_stage_is_judged_by_the_sources_that_it_reads_as_much_as_its_mixture_says():
+    stages = [Stage(1, 8, (("a", 1),)), Stage(1, 8, (("a", 1), ("b", 3)))]
+    result = {"loss": 9.0, "sources": {"a": {"loss": 2.0}, "b": {"loss": 6.0}}}
+    reporter = SimpleNamespace(stages=stages)
+    assert [Reporter.judged(reporter, result, stage) for stage in (0, 1)] == [2.0, 5.0]
+    assert Reporter.judged(reporter, {"loss": 9.0}, 1) == 9.0

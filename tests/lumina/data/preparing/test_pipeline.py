@@ -12,14 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lumina.config import DataConfig
+from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
 from lumina.data.preparing import merge, tokenise
 from lumina.data.preparing.directory import prepare_directory
-from lumina.data.preparing.pipeline import Order
+from lumina.data.preparing.pipeline import Order, training_texts
 from lumina.data.reading import readers
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
-from lumina.errors import DataError, UsageError
+from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
 from tests.waiting import until
 
@@ -439,3 +441,25 @@ def test_what_a_kill_left_after_the_manifest_is_removed(tmp_path, sources):
     (tmp_path / "out" / "work" / "unit-000000").mkdir(parents=True)
     prepare(tmp_path / "out", *sources)
     assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_prepared_directory_in_another_template_is_refused_and_its_own_split_is_told(tmp_path):
+    prepare(tmp_path / "out", write(tmp_path / "a.jsonl", map(conversation, range(80))), template="chat")
+    data = DataConfig(source=str(tmp_path / "out"), held_out=0.1)
+    with pytest.raises(ConfigError, match=r"data\.template = 'lumina': .*out was prepared with chat"):
+        prepare_all([data.source], data, VOCABULARY)
+    said = []
+    (corpus,) = prepare_all([data.source], replace(data, template="chat", held_out=0.5), VOCABULARY, said.append)
+    assert corpus.kind == "conversation"
+    assert said[0].endswith("out: 0.1 of its documents are held out, as it was prepared; data.held_out is not asked")
+
+
+def test_a_tokenizer_learns_from_what_can_be_counted_and_says_what_it_leaves(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl", map(text, range(200)))
+    order = Order((str(source),), Recipe(steps="none"), 0.1, "lumina")
+    monkeypatch.setattr("lumina.tokenizer.MOST_TRAINING_BYTES", 2000)
+    said = []
+    texts = list(training_texts([(order, readers.plan(order.sources, order.recipe))], 1.0, said.append))
+    assert 1500 < sum(map(len, texts)) <= 1900
+    assert [line for line in said if "alone" in line] == said
+    assert len(said) == 1
