@@ -133,16 +133,35 @@ def prepare_directory(
     for source in order.sources:
         if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
             raise UsageError(f"--out {out}: is in {source}, which would change while it is read; choose one elsewhere")
-    with _one_line(out):
-        out.mkdir(parents=True, exist_ok=True)
-    work, lock = out / WORK, RunLock(out / ".lock")
-    try:
-        with _one_line(out):
-            return _prepare(order, out, work, tokenizer, vocab_size, sample, max_bad, workers, engine, console)
-    finally:
-        lock.release()
-        if not (work / ORDER).is_file():
-            shutil.rmtree(work, ignore_errors=True)
+    with _one_line(out), _locked(out) as work:
+        order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
+        planned = plan(order.sources, order.recipe, console.status)
+        for line in planned.formats:
+            console.say(line)
+        loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer, TEMPLATES[order.template].extra)
+        identity = _identity(order, planned, loaded, vocab_size, sample)
+        if is_prepared(out):
+            manifest = dict(json.loads((out / MANIFEST).read_bytes()))
+            if changed := _changes(manifest["order"], identity):
+                raise _of_another_order(out, changed)
+            for left in (work, out / SHARDS):
+                shutil.rmtree(left, ignore_errors=True)
+            console.say(f"{out}: is prepared already, nothing was to do")
+            return manifest
+        if (work / ORDER).is_file():
+            changed = _changes(json.loads((work / ORDER).read_bytes()), identity)
+            # The split is made in the end, but a tokenizer is trained on one side of it.
+            if changed and not (loaded and all(each.startswith("held_out:") for each in changed)):
+                raise _of_another_order(out, changed)
+            console.say(f"{out}: going on with what is done")
+        elif [path.name for path in out.iterdir() if path.name not in (WORK, ".lock", REJECTS)]:
+            raise UsageError(f"{out}: is not empty, and no prepared directory; choose another --out")
+        else:
+            for left in (*work.glob("unit-*"), work / TOKENIZER):  # of nobody knows what
+                shutil.rmtree(left, ignore_errors=True)
+        made = _tokenizer(order, planned, loaded, vocab_size, sample, work, console)
+        replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
+        return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
 
 
 @contextmanager
@@ -158,47 +177,18 @@ def _one_line(out: Path) -> Iterator[None]:
         raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
 
 
-def _prepare(
-    order: Order,
-    out: Path,
-    work: Path,
-    tokenizer: str,
-    vocab_size: int,
-    sample: float,
-    max_bad: float,
-    workers: int,
-    engine: str,
-    console: Console,
-) -> dict[str, Any]:
-    work.mkdir(exist_ok=True)
-    order = replace(order, sources=tuple(str(spool(sys.stdin.buffer, work)) if s == "-" else s for s in order.sources))
-    planned = plan(order.sources, order.recipe, console.status)
-    for line in planned.formats:
-        console.say(line)
-    loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer, TEMPLATES[order.template].extra)
-    identity = _identity(order, planned, loaded, vocab_size, sample)
-    if is_prepared(out):
-        manifest = dict(json.loads((out / MANIFEST).read_bytes()))
-        if changed := _changes(manifest["order"], identity):
-            raise _of_another_order(out, changed)
-        for left in (work, out / SHARDS):
-            shutil.rmtree(left, ignore_errors=True)
-        console.say(f"{out}: is prepared already, nothing was to do")
-        return manifest
-    if (work / ORDER).is_file():
-        changed = _changes(json.loads((work / ORDER).read_bytes()), identity)
-        # The split is made in the end, but a tokenizer is trained on one side of it.
-        if changed and not (loaded and all(each.startswith("held_out:") for each in changed)):
-            raise _of_another_order(out, changed)
-        console.say(f"{out}: going on with what is done")
-    elif [path.name for path in out.iterdir() if path.name not in (WORK, ".lock", REJECTS)]:
-        raise UsageError(f"{out}: is not empty, and no prepared directory; choose another --out")
-    else:
-        for left in (*work.glob("unit-*"), work / TOKENIZER):  # of nobody knows what
-            shutil.rmtree(left, ignore_errors=True)
-    made = _tokenizer(order, planned, loaded, vocab_size, sample, work, console)
-    replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
-    return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+@contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    """Make `out`, for no other process meanwhile; gives its work directory, which goes again where nothing came of it."""
+    out.mkdir(parents=True, exist_ok=True)
+    work, lock = out / WORK, RunLock(out / ".lock")
+    try:
+        work.mkdir(exist_ok=True)
+        yield work
+    finally:
+        lock.release()
+        if not (work / ORDER).is_file():
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _identity(order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_size: int, sample: float) -> dict[str, Any]:
