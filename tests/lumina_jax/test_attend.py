@@ -61,10 +61,12 @@ def test_attention_sees_neither_the_future_nor_another_document():
     segments_BT = (np.arange(length) >= 60).astype(np.int32)[None]
     cotangent = np.zeros_like(q)
     before, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
+    k, v = k.copy(), v.copy()  # JAX may still be reading the first ones, without a copy
     k[:, changed], v[:, changed] = 9.0, 9.0
     after, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
     assert np.array_equal(after[:, :changed], before[:, :changed])
     assert np.all(np.any(after[0, changed:] != before[0, changed:], axis=(1, 2)))
+    k, v = k.copy(), v.copy()
     k[:, 30], v[:, 30] = -9.0, -9.0  # in the first document
     again, _ = _attend_and_gradients(q, k, v, segments_BT, cotangent)
     assert np.array_equal(again[:, 60:], after[:, 60:])

@@ -369,6 +369,7 @@ def test_the_causal_choice_takes_gates_above_one_half_and_may_take_none():
     out_BTD, own, (gradients, _) = _run(_model(), weights, z_BTD, False)
     taken_BT = np.any(np.asarray(out_BTD) != 0, axis=-1)
     assert taken_BT.tolist() == [[True, False, False, True, False, False, True], [False] * T]
+    z_BTD = z_BTD.copy()  # JAX may still be reading the first one, without a copy
     z_BTD[0, :, 0] = -1
     out_BTD, own, (gradients, _) = _run(_model(), weights, z_BTD, False)
     assert np.all(out_BTD == 0)
