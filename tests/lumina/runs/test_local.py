@@ -11,7 +11,7 @@ import pytest
 from lumina.errors import UsageError
 from lumina.runs import local
 from lumina.runs.local import together
-from tests.waiting import GIVES_UP, until
+from tests.waiting import GIVES_UP, runs, until
 
 ROOT = Path(__file__).parents[3]
 NUMBER = "import os, signal, sys, time; number = int(os.environ['JAX_PROCESS_ID'])\n"
@@ -148,4 +148,4 @@ def test_none_is_left_when_the_launcher_is_killed(tmp_path):
         pids = [int(launcher.stdout.readline().split()[1]) for _ in range(2)]
         launcher.kill()
     for pid in pids:
-        until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
+        until(lambda pid=pid: not runs(pid))

@@ -23,7 +23,7 @@ from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
-from tests.waiting import until
+from tests.waiting import runs, until
 
 VOCABULARY = 300
 
@@ -271,7 +271,7 @@ def test_kill_9_in_the_middle_and_again_gives_the_same_bytes(tmp_path):
         workers = _children(process.pid)
         process.kill()
     assert process.returncode == -signal.SIGKILL
-    until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), lambda: f"{workers} go on without a parent")
+    until(lambda: not any(map(runs, workers)), lambda: f"{workers} go on without a parent")
     assert not (killed / "manifest.json").exists()
     for out in (killed, tmp_path / "whole"):
         subprocess.run([*command, str(out)], env=environment, check=True, stdout=subprocess.DEVNULL)
