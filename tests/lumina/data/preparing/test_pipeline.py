@@ -249,11 +249,14 @@ def test_what_is_done_is_not_done_again(tmp_path, sources, monkeypatch):
 
 
 BEGIN = """
-import sys
+import os, sys, time
 from lumina.data.reading import readers
 readers.UNIT_BYTES = 4000
 from lumina.cli import run
 if __name__ == "__main__":
+    if "NEVER_ENDS" in os.environ:  # however late it is killed
+        from lumina.data.preparing import merge
+        merge.merge = lambda *_: time.sleep(60_000)
     run(sys.argv[1:])
 """
 
@@ -265,7 +268,8 @@ def test_kill_9_in_the_middle_and_again_gives_the_same_bytes(tmp_path):
     command = [sys.executable, str(script), "data", "prepare", str(source), "--vocab-size", "300", "--workers", "2", "--out"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     killed = tmp_path / "killed"
-    with subprocess.Popen([*command, str(killed)], env=environment, stdout=subprocess.DEVNULL) as process:
+    endless = environment | {"NEVER_ENDS": ""}
+    with subprocess.Popen([*command, str(killed)], env=endless, stdout=subprocess.DEVNULL) as process:
         while process.poll() is None and not list(killed.glob("work/unit-*[0-9]")):
             time.sleep(0.005)
         workers = _children(process.pid)
