@@ -1106,9 +1106,16 @@ MUTANTS = [
     Mutant(
         "port 0 taken as such",
         "lumina/runs/local.py",
-        "{port or _free_port()}",
-        "{port}",
+        "if not port:",
+        "if False:",
         f"{LOCAL}_each_is_told_of_the_others",
+    ),
+    Mutant(
+        "a reserved port that nobody can listen on",
+        "lumina/runs/local.py",
+        "probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)",
+        "pass",
+        f"{LOCAL}_a_reserved_port_is_for_who_names_it_alone",
     ),
     Mutant(
         "a dry run loses the quotes",

@@ -36,9 +36,9 @@ def together(
     end, and killed after `grace` seconds. Requests to stop are passed on to all; a SIGINT after another kills. Port 0 takes one
     that is free. A line of output begins with its process's number, or goes to `logs`/process-NUMBER.log. Raises UsageError.
     """
-    address = f"127.0.0.1:{port or _free_port()}"
     children: list[subprocess.Popen[bytes]] = []
-    with _passing_on(children) as stops:
+    with reserved_port(port) as port, _passing_on(children) as stops:
+        address = f"127.0.0.1:{port}"
         try:
             for number in range(count):
                 children.append(_start(command, _place(number, count, platform, address), logs, number))
@@ -167,10 +167,18 @@ def _send(children: "list[subprocess.Popen[bytes]]", number: int) -> None:
         child.send_signal(number)  # none to one that has ended
 
 
-def _free_port() -> int:
+@contextlib.contextmanager
+def reserved_port(port: int = 0) -> Iterator[int]:
+    """This port; for 0 one that is free, and that the system gives to nobody else who asks for any while this lasts.
+
+    Who is to listen there asks for it by its number: SO_REUSEADDR on both sides allows that, as nobody listens here.
+    """
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+        if not port:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        yield port
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ from lumina.config import CheckpointConfig
 from lumina.errors import exit_with
 from lumina.runs import checkpoints
 from lumina.runs.directory import Events, RunDirectory
+from lumina.runs.local import reserved_port
 from lumina.runs.processes import OWN
 from lumina.runs.steps import Steps
 from lumina_jax import hosts
@@ -183,11 +183,10 @@ def fork(directory, chapter, count, number, devices, address, scenario):
 def main():
     directory, codes = Path(sys.argv[1]), []
     for chapter, (count, devices, *scenario) in enumerate(json.loads(sys.argv[2])):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        pids = [fork(directory, chapter, count, number, devices, address, scenario) for number in range(count)]
-        codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
+        with reserved_port() as port:
+            address = f"127.0.0.1:{port}"
+            pids = [fork(directory, chapter, count, number, devices, address, scenario) for number in range(count)]
+            codes.append([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids])
     print(json.dumps(codes))
 
 

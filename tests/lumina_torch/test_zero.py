@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ from lumina.interchange.state import MOMENTS, arrays, read, write
 from lumina.interchange.state import load as load_state
 from lumina.runs.directory import RunDirectory
 from lumina.runs.journal import read_json_lines
+from lumina.runs.local import reserved_port
 from lumina_torch.checkpoint import from_state, to_state
 from lumina_torch.device import decide, fetch
 from lumina_torch.processes import Place, place_of
@@ -146,15 +146,13 @@ def test_a_launch_script_has_flags_that_the_trainer_takes(script):
 # --------------------------------------------------------------------------------------------------------- two processes
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def together(out):
     """Both processes of zero_worker.py, to their end."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    with reserved_port() as port:
+        return _together(out, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"})
+
+
+def _together(out, common):
     command = [sys.executable, "-m", "tests.lumina_torch.zero_worker", str(out)]
     logs = [(out / f"log-{rank}.txt").open("w+") for rank in (0, 1)]
     processes = []

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from lumina.errors import UsageError
 from lumina.runs import local
-from lumina.runs.local import together
+from lumina.runs.local import reserved_port, together
 from tests.waiting import GIVES_UP, runs, until
 
 ROOT = Path(__file__).parents[3]
@@ -19,6 +20,12 @@ NUMBER = "import os, signal, sys, time; number = int(os.environ['JAX_PROCESS_ID'
 READY = "os.mkdir('ready') if number == 0 else [time.sleep(0.01) for _ in iter(lambda: os.path.exists('ready'), True)]\n"
 DEAF = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 SAVES = "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.2), sys.exit(75)))\n"
+
+
+@pytest.fixture(autouse=True)
+def no_python_between_fork_and_exec(monkeypatch):
+    """Pytest's process has threads, and JAX's where other tests came before: not so a launcher of its own."""
+    monkeypatch.setattr(local, "stop_without_parent", None)
 
 
 def python(text):
@@ -74,6 +81,15 @@ def test_each_is_told_of_the_others(capfd, monkeypatch):
     first, second = (line.split()[1] for line in capfd.readouterr().out.splitlines())
     assert first == second
     assert first != "127.0.0.1:0"
+
+
+def test_a_reserved_port_is_for_who_names_it_alone():
+    with reserved_port() as port, socket.socket() as other, socket.socket() as meant:
+        with pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))  # as the system would, for any
+        meant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        meant.bind(("127.0.0.1", port))
+        meant.listen()
 
 
 def test_lines_begin_with_the_number_and_streams_stay_apart(capfd):
