@@ -15,6 +15,7 @@ from typing import Any, cast
 import yaml
 
 from lumina.errors import ConfigError, UsageError
+from lumina.stages import heed
 from lumina.validation import nearest, validate
 
 PRESET_DIRECTORY = Path(__file__).resolve().parent.parent / "configs"
@@ -333,7 +334,7 @@ def beside(directory: Path, config: Config) -> Config:
 
 
 def override(config: Config, flags: list[str]) -> Config:
-    """A validated copy of `config` with flags such as `--config.model.num_layers=4` applied.
+    """A validated copy of `config` with flags such as `--config.model.num_layers=4` applied; see also `lumina.stages.heed`.
 
     Raises:
         ConfigError: a field does not exist (the nearest name is suggested) or the value is not of its type.
@@ -359,6 +360,8 @@ def override(config: Config, flags: list[str]) -> Config:
         raise ConfigError(str(error).removeprefix("flag --config.")) from error
     finally:
         sys.argv = saved
+    names = {flag[len("--config.") :].partition("=")[0] for flag in flags}
+    heed(changed.data, names, bool(changed.checkpoint.init_from))
     return validate(changed)
 
 

@@ -47,7 +47,7 @@ def stages(config: "Config") -> list[Stage]:
     data, steps = config.data, config.train.steps
     if data.stages:
         if data.source != DEFAULT_SOURCE:
-            works = "name it in a stage, or set data.stages to nothing"
+            works = "name it in a stage, or leave out one of the two (--config.data.stages= sets no stages)"
             raise ConfigError(f"data.source = {data.source!r}: is not read where data.stages is set; {works}")
         return _listed(data.stages, data.mode, steps, data.sequence_length)
     base = _shares(data.source, "data.source")
@@ -67,6 +67,24 @@ def stages(config: "Config") -> list[Stage]:
         raise ConfigError(f"data.mode = 'hybrid': has two stages, and train.steps = {steps}; use at least 2")
     mixtures = _whole(base, "data.source"), _whole(tuning, "data.finetuning")
     return [Stage(n, data.sequence_length, each) for n, each in zip((steps - later, later), mixtures, strict=True)]
+
+
+def heed(data: "DataConfig", flags: set[str], from_another: bool) -> None:
+    """Give flags the last word on what is read: what a config says otherwise of it is set aside, in place.
+
+    `data.source` or `data.mode` sets aside stages, `data.stages` the source and the mode. In a run that begins from another,
+    `data.source` by itself is all that is read, whatever mode the config has; elsewhere it is that mode's base. Two flags that
+    contradict each other stay, and are refused.
+    """
+    if "data.stages" in flags and data.stages:
+        if "data.mode" not in flags:
+            data.mode = "base_only"
+        if "data.source" not in flags:
+            data.source = DEFAULT_SOURCE
+    elif flags & {"data.source", "data.mode"}:
+        data.stages = ""
+    if from_another and "data.source" in flags and not flags & {"data.mode", "data.finetuning", "data.ratio", "data.stages"}:
+        data.mode = "base_only"
 
 
 def sources(config: "Config") -> list[str]:

@@ -159,3 +159,42 @@ def test_a_source_beside_stages_is_refused_and_a_third_is_a_third():
         stages(Config(data=DataConfig(source="a", stages="b")))
     (stage,) = stages(Config(data=DataConfig(source="a", mode="interleaved", finetuning="b", ratio=1 / 3)))
     assert stage.mixture == (("a", 2), ("b", 1))
+
+
+INIT = "--config.checkpoint.init_from=runs/base"
+HYBRID = {"mode": "hybrid", "source": "a", "finetuning": "b"}
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "reads"),
+    [
+        ({"stages": "500: a; b"}, ["--config.data.source=c"], [["c"]]),
+        ({"stages": "500: a; b"}, ["--config.data.source=stdlib"], [["stdlib"]]),
+        ({"stages": "500: a; b"}, ["--config.data.source=c", INIT], [["c"]]),
+        ({"stages": "500: a; b"}, ["--config.data.mode=hybrid"], [["stdlib"], ["docstrings"]]),
+        ({"stages": "500: a; b"}, ["--config.data.rows=packed", INIT], [["a"], ["b"]]),
+        (HYBRID, ["--config.data.source=c"], [["c"], ["b"]]),  # another base of the same mode
+        (HYBRID, ["--config.data.source=c", INIT], [["c"]]),
+        (HYBRID, ["--config.data.source=c", "--config.data.mode=interleaved", INIT], [["c", "b"]]),
+        (HYBRID, ["--config.data.source=c", "--config.data.finetuning=d", INIT], [["c"], ["d"]]),
+        (HYBRID, ["--config.data.source=c", "--config.data.mode=base_only", "--config.data.stages="], [["c"]]),
+        (HYBRID, ["--config.data.stages=600: c; d"], [["c"], ["d"]]),
+        (HYBRID, ["--config.data.stages="], [["a"], ["b"]]),
+        (HYBRID, [INIT], [["a"], ["b"]]),
+        ({"source": "a"}, ["--config.data.stages=600: c; d@1, e@1"], [["c"], ["d", "e"]]),
+    ],
+)
+def test_a_flag_has_the_last_word_on_what_is_read(before, flags, reads):
+    made = config(**before)
+    found = stages(override(made, flags))
+    assert [[source for source, _ in stage.mixture] for stage in found] == reads
+    assert made == config(**before)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--config.data.source=c"], ["--config.data.mode=hybrid"], ["--config.data.source=c", "--config.data.mode=hybrid"]],
+)
+def test_flags_that_contradict_each_other_are_refused_with_one_to_leave_out(flags):
+    with pytest.raises(ConfigError, match=r"leave out one of the two|use one of the two"):
+        override(config(), [*flags, "--config.data.stages=500: a; b"])
