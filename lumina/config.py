@@ -137,7 +137,7 @@ class TrainConfig:
     remat: str = "none"  # the backward pass recomputes of each layer: none, full (a third more work), or all but the dots (JAX)
     eval_every: int = 200  # steps; 0 evaluates at the end only
     eval_rows: int = 0  # held-out rows an evaluation reads of each source; 0 is all of them
-    early_stopping: int = 0  # evaluations without improvement before stopping; 0 is off
+    early_stopping: int = 0  # evaluations without improvement before stopping, in the last stage; 0 is off
 
 
 @dataclass

@@ -183,7 +183,8 @@ class Loop:
             self.log.write("eval", {"step": self.step, **result})
         self.console.say(f"step {self.step}: held out {figures(result)}")
         stage = self.batches.stage(max(self.step - 1, 0))
-        return self.progress.evaluated(self.step, result, self.reporter.judged(result, stage), stage)
+        last = stage == self.batches.stage(self.config.train.steps - 1)
+        return self.progress.evaluated(self.step, result, self.reporter.judged(result, stage), stage, last)
 
     def _save(self) -> None:
         def record(parameters: str) -> dict[str, Any]:

@@ -18,13 +18,14 @@ class Progress:
     best_step: int | None = None
     last: dict[str, Any] | None = None  # the last evaluation
     last_step: int | None = None  # when it was
-    evaluations_without_improvement: int = 0
+    evaluations_without_improvement: int = 0  # in the last stage: the others have the steps that they were given
     passed: list[list[int]] = field(default_factory=list)  # [first, last] steps whose batches are passed over
     rewinds: int = 0
     stage: int = 0  # of the last evaluation
 
-    def evaluated(self, step: int, result: dict[str, Any], loss: float, stage: int = 0) -> bool:
-        """Take note of an evaluation; whether it is the best of its stage so far, by `loss`. A new stage begins anew."""
+    def evaluated(self, step: int, result: dict[str, Any], loss: float, stage: int = 0, last: bool = True) -> bool:
+        """Take note of an evaluation; whether it is the best of its stage so far, by `loss`. A new stage begins anew, and only
+        the last one can bring patience to its end: the batches of a step never depend on what an evaluation found."""
         self.last, self.last_step = result, step
         if stage != self.stage:
             self.stage, self.best_loss, self.evaluations_without_improvement = stage, None, 0
@@ -32,7 +33,7 @@ class Progress:
         if better:
             self.best_loss, self.best_step, self.evaluations_without_improvement = loss, step, 0
         else:
-            self.evaluations_without_improvement += 1
+            self.evaluations_without_improvement += last
         return better
 
     def without_improvement(self, patience: int) -> bool:

@@ -568,6 +568,14 @@ def test_a_checkpoint_that_fails_on_the_way_stops_nothing(world):
 STAGES = "4: stdlib; stdlib"  # a second stage from step 5 on
 
 
+def test_patience_ends_in_the_last_stage_alone(world):
+    flat = dict.fromkeys(range(1, 20), 3.0)
+    changes = {"train__steps": 30, "train__eval_every": 1, "train__early_stopping": 2, "held_out": flat}
+    assert world.go(data__stages="6: stdlib; 4: stdlib; stdlib", **changes) == "stopped early"
+    assert world.did("step") == steps(1, 13)  # 11 is the first of the last stage and its best, 12 and 13 bring nothing
+    assert world.loop().progress.best_step == 11
+
+
 def stage_lines(world):
     return [record["step"] for record in read_json_lines(world.run.ledger) if "stage" in record]
 
