@@ -1,7 +1,7 @@
 """The leak certificate: measurements on held-out text that show whether anything quoted of a run sees the future.
 
 B rows of a batch, N real rows, T positions, t positions of a prefix, D model width, L layers with Mixture-of-Depths,
-V vocabulary.
+V vocabulary, n tokens.
 """
 
 import math
@@ -18,7 +18,7 @@ from flax import nnx
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
 from lumina.data import TokenStream
-from lumina.data.rows import Batches, Rows, segments_and_positions
+from lumina.data.rows import Batches, Rows, RowSet, filled
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
 from lumina.interchange.state import backend_of
@@ -26,7 +26,7 @@ from lumina.runs.certificate import FORMAT, Passes, verdict
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
 from lumina.runs.ranks import foretold, in_top, standard_error
-from lumina.runs.text import corpora_of, manifest
+from lumina.runs.text import corpora_of, manifest, rows_of
 from lumina.tokenizer import Tokenizer
 from lumina_jax.device import describe
 from lumina_jax.generate import Generator
@@ -42,6 +42,7 @@ NOISE_ERRORS = 4.0  # standard errors below log V that chance explains once in 3
 NOISE_ROWS = 64  # at least: the error of fewer rows is too uncertain for that
 PROMPTS, CONTINUED = 4, 32  # of generation: prompts, and tokens after each
 LEAST_ROWS = 2  # a swap needs another row, a standard error as well
+LAYOUT = ("inputs", "segments", "positions")  # what a pass reads of a batch
 
 
 def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict[str, Any]:
@@ -77,12 +78,13 @@ def certify(run_directory: str, rows: int, best: bool, console: Console) -> dict
     return certificate | examine(trained, state_shapes(trained)[1], variables, tokenizer, held_out, rows, console)
 
 
-def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[Rows, Tokenizer, str]:
-    """The held-out rows of a run's first source, its tokenizer, and the fingerprint of its data, which is checked."""
+def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[RowSet, Tokenizer, str]:
+    """The held-out rows of a run's first source, as it evaluates on them, its tokenizer, and the fingerprint of its data, which
+    is checked."""
     corpora = corpora_of(run, config, console.status)
     console.done()
-    corpus = next(iter(corpora.values()))
-    rows = Rows(corpus.held_out, config.data.sequence_length, corpus.document_end_id)
+    source, corpus = next(iter(corpora.items()))
+    rows = rows_of(corpus, "held_out", config.data, config.data.sequence_length, source)
     return rows, corpus.tokenizer, str(manifest(corpora)["fingerprint"])
 
 
@@ -98,18 +100,20 @@ def examine(
     graphdef: nnx.GraphDef,
     variables: Variables,
     tokenizer: Tokenizer,
-    held_out: Rows,
+    held_out: RowSet,
     rows: int,
     console: Console,
 ) -> dict[str, Any]:
     """All measures of one model, and the verdict. Raises DataError when the held-out text has too few rows."""
     B, T = config.train.batch_size // config.train.micro_batches, config.data.sequence_length
     batches = list(Batches(held_out, B, seed=0, shuffle=False).evaluation(rows))
-    N = int(sum(np.sum(batch["weights"][:, 0]) for batch in batches))
+    real_NT = np.concatenate([filled(batch)[is_real(batch)] for batch in batches])
+    N = len(real_NT)
     if N < LEAST_ROWS:
         raise DataError(f"the held-out text has {N} row of {T} tokens; a certificate needs {LEAST_ROWS}: hold out more")
     noise_tokens = max(N, NOISE_ROWS) * T + 1
-    noise = Batches(Rows(Noise(tokenizer.vocab_size, noise_tokens), T, held_out.document_end_id), B, seed=0, shuffle=False)
+    end = tokenizer.control["<|document_end|>"]
+    noise = Batches(Rows(Noise(tokenizer.vocab_size, noise_tokens), T, end), B, seed=0, shuffle=False)
     model, blind = config.model, why_no_control(config.model, T)
     depth = any(kind.endswith("+mod") for kind in layer_kinds(model))
     modes = ROUTINGS if depth else {"causal": CAUSAL}
@@ -128,21 +132,21 @@ def examine(
         }
         for name, measure in (
             ("prefix", partial(prefixes, batches=batches, lengths=lengths)),
-            ("suffix", partial(swaps, batches=batches, vocab_size=tokenizer.vocab_size, end=held_out.document_end_id)),
+            ("suffix", partial(swaps, batches=batches, vocab_size=tokenizer.vocab_size)),
         ):
             passes.begin(name)
             causal = settled(partial(measure, mode=CAUSAL), forward)
             measures[name] = with_control(causal, None if blind else measure(forward, mode=TOP), blind)
         passes.begin("generation")
         measures["generation"] = settled(partial(generation, config, tokenizer, batches), forward)
-        measures["depth"] = depth_measures(model, T, seen)
+        measures["depth"] = depth_measures(model, seen, real_NT)
     passes.end()
     return verdict(
         {
             "format": FORMAT,
             "layers": layer_kinds(model),
             "rows": N,
-            "tokens": N * T,
+            "tokens": int(np.sum(real_NT)),
             "sequence_length": T,
             "precision": "float32, products of matrices in full precision",
             "measures": measures,
@@ -188,25 +192,27 @@ def cross_entropies(forward: Forward, batches: list, modes: dict[str, Mode], tok
             told.append({key: depth[key][:, is_real(batch)] for key in ("logit_BT", "taken_BT") if key in depth})
         losses[name] = np.concatenate(per_batch)
         seen[name] = {key: np.concatenate([each[key] for each in told], axis=1) for key in told[0]}
-    targets = np.concatenate([batch["targets"][is_real(batch)] for batch in batches])
-    count, T = int(np.sum(token_bytes[targets])), targets.shape[1]
+    counts_N = np.concatenate([np.sum(batch["weights"] > 0, axis=1)[is_real(batch)] for batch in batches])
+    targets_n = np.concatenate([batch["targets"][batch["weights"] > 0] for batch in batches])
+    tokens, count = len(targets_n), int(np.sum(token_bytes[targets_n]))
     found: dict[str, Any] = {
-        "what": "cross-entropy of the held-out tokens; standard errors over rows, of which neighbours share documents",
-        "rows": len(targets),
-        "tokens": targets.size,
+        "what": "cross-entropy of the held-out tokens that count, of conversations the assistant's words unless "
+        "data.loss_weights says otherwise; standard errors over rows, of which neighbours share documents",
+        "rows": len(counts_N),
+        "tokens": tokens,
         "bytes": count,
     }
     for name, losses_N in losses.items():
         total = float(np.sum(losses_N))
         found[name] = {
-            "nats_per_token": total / targets.size,
-            "standard_error": standard_error(losses_N / T),
+            "nats_per_token": total / tokens,
+            "standard_error": standard_error(losses_N, counts_N),
             "bits_per_byte": total / math.log(2) / max(count, 1),
         }
     if "top_k" in found:
-        gap_N = (losses["top_k"] - losses["causal"]) / T
+        gap_N = losses["top_k"] - losses["causal"]
         found["top_k"]["label"] = "control: sees the future, never a figure of quality"
-        found["gap"] = {"nats_per_token": float(np.mean(gap_N)), "standard_error": standard_error(gap_N)}
+        found["gap"] = {"nats_per_token": float(np.sum(gap_N)) / tokens, "standard_error": standard_error(gap_N, counts_N)}
     return found, seen
 
 
@@ -224,7 +230,7 @@ def noise_losses(forward: Forward, noise: Batches, modes: dict[str, Mode], vocab
     }
     for name, mode in modes.items():
         losses_N = np.concatenate([forward.losses(forward.hidden(batch, mode)[0], batch) for batch in batches]) / T
-        loss, error = float(np.mean(losses_N)), standard_error(losses_N)
+        loss, error = float(np.mean(losses_N)), standard_error(losses_N, np.ones(len(losses_N)))
         # A model that predicts nothing has exactly log V, and its rows differ by rounding alone.
         errors = (loss - best) / max(error, best * TOLERANCE["float32"])
         found[name] = {"nats_per_token": loss, "standard_error": error, "above_in_standard_errors": errors}
@@ -242,7 +248,7 @@ def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) ->
         batch, t = batches[turn % len(batches)], lengths[turn % len(lengths)]
         whole, T = forward.hidden(batch, mode), batch["inputs"].shape[1]
         alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
-        counted_BT = is_real(batch)[:, None] & (np.arange(T) < t)
+        counted_BT = filled(batch) & (np.arange(T) < t)
         comparison.add(forward, whole, padded(alone, T), counted_BT, turn % len(batches) * B)
     return {
         "what": "logits of a prefix alone against those of the whole row at the prefix",
@@ -251,26 +257,28 @@ def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) ->
     }
 
 
-def swaps(forward: Forward, batches: list, vocab_size: int, end: int, mode: Mode) -> dict[str, Any]:
-    """Logits before a point of each row against those after what follows was replaced, by another row and by noise."""
+def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[str, Any]:
+    """Logits before a point of each row against those after what follows was replaced: by another row, whose documents begin
+    anew at the point; and by noise, in the documents that there are."""
     comparison, first_row = Comparison(), 0
-    inputs_NT = np.concatenate([batch["inputs"][is_real(batch)] for batch in batches])
-    N, T = inputs_NT.shape
-    points_N = 1 + np.arange(N) * (T - 1) // N  # spread over all places from 1 to T - 1
-    draw = np.random.default_rng(1)
-    others = (np.roll(inputs_NT, 1, axis=0), draw.integers(0, vocab_size, (N, T), np.int32))
+    rows_NT = {name: np.concatenate([batch[name][is_real(batch)] for batch in batches]) for name in LAYOUT}
+    N, T = rows_NT["inputs"].shape
+    filled_N = np.concatenate([np.sum(filled(batch), axis=1)[is_real(batch)] for batch in batches])
+    points_N = 1 + np.arange(N) * (filled_N - 1) // N  # spread over all places from 1 to T - 1, of what holds text
+    another = {name: np.roll(each_NT, 1, axis=0) for name, each_NT in rows_NT.items()}
+    another["segments"] = another["segments"] + T + 1
+    noise = rows_NT | {"inputs": np.random.default_rng(1).integers(0, vocab_size, (N, T), np.int32)}
     for batch in batches:
-        real_B = is_real(batch)
-        chosen, number = slice(first_row, first_row + int(np.sum(real_B))), int(np.sum(real_B))
+        number = int(np.sum(is_real(batch)))
+        chosen = slice(first_row, first_row + number)
         counted_BT = np.zeros(batch["inputs"].shape, bool)
         counted_BT[:number] = np.arange(T) < points_N[chosen, None]
         whole = forward.hidden(batch, mode)
-        for other_NT in others:
-            inputs_BT = batch["inputs"].copy()
-            inputs_BT[:number] = np.where(counted_BT[:number], inputs_BT[:number], other_NT[chosen])
-            segments_BT, positions_BT = segments_and_positions(inputs_BT, end)
-            swapped = forward.hidden({"inputs": inputs_BT, "segments": segments_BT, "positions": positions_BT}, mode)
-            comparison.add(forward, whole, swapped, counted_BT, first_row)
+        for other in (another, noise):
+            changed = {name: batch[name].copy() for name in LAYOUT}
+            for name, each_BT in changed.items():
+                each_BT[:number] = np.where(counted_BT[:number], each_BT[:number], other[name][chosen])
+            comparison.add(forward, whole, forward.hidden(changed, mode), counted_BT, first_row)
         first_row += number
     return {
         "what": "logits before a point, one in each row, when the tokens from there on become another row's, and random ones",
@@ -298,7 +306,7 @@ def generation(config: Config, tokenizer: Tokenizer, batches: list, forward: For
     generator.dtype = forward.dtype
     T, B = config.data.sequence_length, len(batches[0]["inputs"])
     most = min(CONTINUED, T // 2)
-    prompts = list(_prompts(batches, T // 4, generator.end))
+    prompts = list(_prompts(batches, T // 4))
     written = [list(generator.tokens(prompt, most, Sampling(temperature=0.0))) for prompt in prompts]
     allowed_V = np.zeros(config.model.vocab_size, bool)
     allowed_V[: tokenizer.vocab_size] = True
@@ -356,43 +364,47 @@ def flips_of_cache(forward: Forward, prompts: list, written: list, rows: list, l
     return {"flips": comparison.flips, "expert_flips": comparison.expert_flips, **before}
 
 
-def _prompts(batches: list, length: int, end: int) -> Iterator[list[int]]:
+def _prompts(batches: list, length: int) -> Iterator[list[int]]:
     """Beginnings of held-out rows, of about `length` tokens, each from within one document."""
-    inputs_NT = np.concatenate([batch["inputs"][is_real(batch)] for batch in batches])
-    for number, row in enumerate(np.linspace(0, len(inputs_NT) - 1, min(PROMPTS, len(inputs_NT))).astype(int)):
-        tokens = inputs_NT[row, : max(1, length - number)].tolist()
-        after = max((i + 1 for i, token in enumerate(tokens[:-1]) if token == end), default=0)
-        yield tokens[after:]
+    rows = [row for batch in batches for row in zip(batch["inputs"], batch["segments"], filled(batch), strict=True)]
+    rows = [row for row in rows if row[2].any()]
+    for number, row in enumerate(np.linspace(0, len(rows) - 1, min(PROMPTS, len(rows))).astype(int)):
+        inputs_T, segments_T, filled_T = rows[row]
+        last = min(max(1, length - number), int(np.sum(filled_T))) - 1
+        yield inputs_T[: last + 1][segments_T[: last + 1] == segments_T[last]].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------- depth
 
 
-def depth_measures(model: ModelConfig, T: int, seen: dict[str, dict[str, np.ndarray]]) -> dict[str, Any] | None:
-    """How well each layer's causal decision foretells membership in the top of its row; None without such layers."""
+def depth_measures(model: ModelConfig, seen: dict[str, dict[str, np.ndarray]], real_NT: np.ndarray) -> dict[str, Any] | None:
+    """How well each layer's causal decision foretells membership in the top of its row, over the positions that hold text; None
+    without such layers."""
     if not seen["causal"]:
         return None
     top, causal = seen["top_k"], seen["causal"]
     numbers = [i for i, kind in enumerate(layer_kinds(model)) if kind.endswith("+mod")]
+    T = real_NT.shape[1]
     count = capacity(T, model.mod.capacity)
     # A predictor's logit is not what the top is chosen by, and the logit that is, no causal pass tells.
-    of_causal = None if model.mod.predictor_width else [in_top(each_NT, count) for each_NT in causal["logit_BT"]]
+    told = [] if model.mod.predictor_width else [np.where(real_NT, each_NT, -np.inf) for each_NT in causal["logit_BT"]]
+    of_causal = [in_top(each_NT, count) for each_NT in told]
     layers = []
     for index, number in enumerate(numbers):
         layer: dict[str, Any] = {
             "layer": number,
-            "realised_capacity": float(np.mean(causal["taken_BT"][index])),
-            **foretold(top["logit_BT"][index], top["taken_BT"][index]),
+            "realised_capacity": float(np.mean(causal["taken_BT"][index][real_NT])),
+            **foretold(top["logit_BT"][index][real_NT], top["taken_BT"][index][real_NT]),
         }
-        if of_causal is not None:
-            layer["of_causal_states"] = foretold(causal["logit_BT"][index], of_causal[index])
+        if of_causal:
+            layer["of_causal_states"] = foretold(causal["logit_BT"][index][real_NT], of_causal[index][real_NT])
         layers.append(layer)
     return {
         "what": "the causal logit against membership in the top-k of its row, over all tokens of all rows; the hidden "
         "states are those of the top-k pass, as in training, and in of_causal_states those of the causal pass; realised "
         "capacity is of the causal pass",
         "label": "how well a causal decision stands in for top-k: no figure of quality",
-        "tokens": int(top["taken_BT"][0].size),
+        "tokens": int(np.sum(real_NT)),
         "capacity": model.mod.capacity,
         "share_of_top": count / T,
         "router": model.mod.router,

@@ -124,7 +124,7 @@ class Forward:
 
 def is_real(batch: dict[str, np.ndarray]) -> np.ndarray:
     """Which rows are text [B], and not filling of the last batch."""
-    return batch["weights"][:, 0] > 0
+    return np.any(batch["weights"] > 0, axis=1)
 
 
 def padded(found: tuple, T: int) -> tuple:

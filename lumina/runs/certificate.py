@@ -126,7 +126,7 @@ def _about(certificate: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("run", f"{certificate['run']}, step {certificate['step']} ({certificate['checkpoint']} checkpoint)"),
         ("layers", ", ".join(f"{layers.count(kind)} x {kind}" for kind in dict.fromkeys(layers))),
-        ("held-out text", f"{rows:,} rows x {length:,} = {certificate['tokens']:,} tokens"),
+        ("held-out text", f"{rows:,} rows of {length:,}, {certificate['tokens']:,} tokens"),
         ("precision", certificate["precision"]),
         ("device", certificate["device"]),
     ]

@@ -8,9 +8,11 @@ import math
 import numpy as np
 
 
-def standard_error(values_N: np.ndarray) -> float:
-    """Of the mean of independent values."""
-    return float(np.std(values_N, ddof=1) / math.sqrt(len(values_N)))
+def standard_error(sums_N: np.ndarray, counts_N: np.ndarray) -> float:
+    """Of the sum of `sums` over that of `counts`, of independent rows (a ratio estimator: Cochran, Sampling Techniques, 1977,
+    chapter 6). Where all counts are alike it is that of a mean."""
+    N, left_N = len(sums_N), sums_N - counts_N * (np.sum(sums_N) / np.sum(counts_N))
+    return float(math.sqrt(N / (N - 1) * np.sum(left_N**2)) / np.sum(counts_N))
 
 
 def in_top(logit_NT: np.ndarray, count: int) -> np.ndarray:

@@ -74,7 +74,7 @@ def tell(arguments: argparse.Namespace, look: Look) -> None:
         out.mkdir(parents=True, exist_ok=True)
         held_out, tokenizer, missing = _held_out(run, config, arguments.rows, arguments.best, look)
         history = read_history(run, config)
-        position_Ln = by_position(held_out.taken_LRT, BINS) if held_out else None
+        position_Ln = by_position(held_out.taken_LRT, held_out.filled_RT, BINS) if held_out else None
         plots = draw(out, history, config, position_Ln)
         images = {name: [(out / f"{name}{theme.suffix}.png").read_bytes() for theme in THEMES] for name in plots}
         text = page(run.path.absolute().name, history, config, images, held_out, tokenizer, missing)
@@ -157,7 +157,7 @@ def _facts(history: History, config: Config, held_out: HeldOut | None) -> str:
         scope = "whole block" if mod.scope == "block" else "feed-forward"
         facts.append(f"depth {mod.capacity:g} of the {scope} in {len(history.mod_layers)} layers")
     if held_out:
-        facts.append(f"{held_out.tokens_RT.size:,} held-out tokens, read with the checkpoint of step {held_out.step}")
+        facts.append(f"{int(held_out.filled_RT.sum()):,} held-out tokens, read with the checkpoint of step {held_out.step}")
     return "; ".join(facts) + ". Layers and experts count from 0, as in tensor names."
 
 
@@ -172,14 +172,14 @@ def _figure(images: dict[str, list[bytes]], name: str, says: str) -> str:
 
 
 def _typical_tokens(history: History, config: Config, held_out: HeldOut, shown: "Shown") -> str:
-    tokens_N = held_out.tokens_RT.ravel()
+    tokens_N = held_out.tokens_RT[held_out.filled_RT]
     parts = [
         "<h3>Typical tokens of each expert</h3><p class=faint>By lift: how many times more often than in the text. "
         f"Tokens that an expert has at least {LEAST_OF_EXPERT} times; the percentage is its share of the layer's choices.</p>"
     ]
     moe = config.model.moe
     for place, layer in enumerate(history.moe_layers):
-        chosen_Nk = held_out.experts_LRTk[place].reshape(tokens_N.size, -1)
+        chosen_Nk = held_out.experts_LRTk[place][held_out.filled_RT]
         made = max(1, int((chosen_Nk >= 0).sum()))
         rows = []
         for alternative in range(moe.num_experts + moe.noop_experts):
@@ -200,13 +200,13 @@ def _typical_tokens(history: History, config: Config, held_out: HeldOut, shown: 
 
 
 def _takers_and_skippers(history: History, held_out: HeldOut, shown: "Shown") -> str:
-    tokens_N = held_out.tokens_RT.ravel()
+    tokens_N = held_out.tokens_RT[held_out.filled_RT]
     parts = [
         "<h3>Tokens that take each layer, and that skip it</h3><p class=faint>The share of its occurrences in which a token "
         f"takes the layer, of tokens that occur at least {LEAST_OF_DEPTH} times.</p>"
     ]
     for place, layer in enumerate(history.mod_layers):
-        taken_N = held_out.taken_LRT[place].ravel()
+        taken_N = held_out.taken_LRT[place][held_out.filled_RT]
         sides = zip(("take", "skip"), extremes(tokens_N, taken_N, LEAST_OF_DEPTH, SHOWN), strict=True)
         rows = []
         for side, found in sides:
@@ -230,7 +230,8 @@ def _chips(found: Iterable[Typical], shown: "Shown", says: Callable[[Typical], s
 def _sample(history: History, held_out: HeldOut, shown: "Shown") -> str:
     """The first row, each token shaded by how many layers it takes."""
     L, layers = len(history.mod_layers), np.array(history.mod_layers)
-    tokens_T, taken_LT = held_out.tokens_RT[0][:SAMPLE], held_out.taken_LRT[:, 0, :SAMPLE]
+    filled_T = held_out.filled_RT[0]
+    tokens_T, taken_LT = held_out.tokens_RT[0][filled_T][:SAMPLE], held_out.taken_LRT[:, 0, filled_T][:, :SAMPLE]
     spans = []
     for text, t in shown.text(tokens_T):
         taken = taken_LT[:, t]

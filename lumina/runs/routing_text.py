@@ -16,6 +16,7 @@ class HeldOut(NamedTuple):
 
     step: int  # of the checkpoint
     tokens_RT: np.ndarray
+    filled_RT: np.ndarray  # bool: what holds text; nothing is told of the rest
     experts_LRTk: np.ndarray  # L layers with experts
     taken_LRT: np.ndarray  # bool; L layers with depth
 
@@ -62,7 +63,11 @@ def extremes(tokens_N: np.ndarray, taken_N: np.ndarray, least: int, most: int) -
     return found[0], found[1]
 
 
-def by_position(taken_LRT: np.ndarray, bins: int) -> np.ndarray:
-    """The share of tokens that take each layer [L, n], by place in the row in n equal parts, at most `bins`."""
-    parts = np.array_split(np.arange(taken_LRT.shape[2]), min(bins, taken_LRT.shape[2]))
-    return np.stack([taken_LRT[:, :, part].mean(axis=(1, 2)) for part in parts], axis=1)
+def by_position(taken_LRT: np.ndarray, filled_RT: np.ndarray, bins: int) -> np.ndarray:
+    """The share of tokens that take each layer [L, n], by place in the row in n equal parts, at most `bins`; NaN where a part
+    holds no text."""
+    T = filled_RT.shape[1]
+    parts = [filled_RT & np.isin(np.arange(T), part) for part in np.array_split(np.arange(T), min(bins, T))]
+    counts_n = np.array([np.sum(part_RT) for part_RT in parts], float)
+    taken_Ln = np.array([[np.sum(taken_RT & part_RT) for part_RT in parts] for taken_RT in taken_LRT])
+    return taken_Ln.reshape(-1, len(parts)) / np.where(counts_n, counts_n, np.nan)

@@ -5,6 +5,7 @@ B rows of a batch, T positions, D model width.
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import shutil
@@ -26,13 +27,16 @@ import lumina_jax.passes
 import lumina_jax.routing
 from lumina import cli
 from lumina.config import load
-from lumina.data.rows import Batches, Rows
+from lumina.data.packing import plan
+from lumina.data.rows import Batches, PackedRows, Rows
 from lumina.errors import NOT_CAUSAL, CheckpointError, DataError, UsageError
 from lumina.generation import Sampling
 from lumina.runs.certificate import Passes
 from lumina.runs.console import Console
 from lumina.runs.directory import RunDirectory, config_fingerprint
-from lumina.runs.ranks import auroc, foretold, in_top
+from lumina.runs.ranks import auroc, foretold, in_top, standard_error
+from lumina.runs.text import corpora_of
+from lumina.runs.text import held_out as held_out_rows
 from lumina.tokenizer import train_bpe
 from lumina_jax import certify
 from lumina_jax.attend import Form, attend_chunk
@@ -41,9 +45,11 @@ from lumina_jax.generate import Generator
 from lumina_jax.mod import MoD, select_top
 from lumina_jax.model import CAUSAL, Mode, Variables, merge
 from lumina_jax.moe import margin
-from lumina_jax.passes import NEAR, Comparison, Forward, padded, settled, why_final
+from lumina_jax.passes import NEAR, Comparison, Forward, is_real, padded, settled, why_final
 from lumina_jax.step import init_state, state_shapes
 from lumina_jax.train import train_and_evaluate
+from tests.lumina.corpora import chats
+from tests.lumina.data.streams import Stream
 from tests.lumina_jax.tiny import T, V, tiny
 
 B, N = 4, 10  # of the last batch two rows are filling
@@ -79,6 +85,17 @@ def held_out(tokenizer):
     stream = Noise(V - len(tokenizer.control), N * T + 1, seed=5)
     stream._tokens[[20, 50, 51, 100]] = tokenizer.control["<|document_end|>"]
     return Rows(stream, T, tokenizer.control["<|document_end|>"])
+
+
+@pytest.fixture(scope="module")
+def packed(tokenizer):
+    """Conversations, each in two halves of which only the second is learned; most rows have a rest that nothing fills."""
+    ends = np.cumsum([10, 12, 9, 14, 11, 10, 3, 9, 13])
+    stream = Noise(V - len(tokenizer.control), int(ends[-1]), seed=6)
+    stream._tokens[ends - 1] = tokenizer.control["<|document_end|>"]
+    begins = np.concatenate([[0], ends])
+    codes = np.concatenate([np.arange(n) >= n // 2 for n in np.diff(begins)])
+    return PackedRows(stream, plan(begins, T), Stream(codes), np.array([0, 1], np.float32))
 
 
 SUBJECTS = {
@@ -264,6 +281,54 @@ def test_the_gap_is_paired_by_row(found, held_out):
     assert "never a figure of quality" in quality["top_k"]["label"]
 
 
+def test_of_packed_conversations_only_what_holds_text_is_measured(tokenizer, packed):
+    certificate = examine(untrained("hybrid"), tokenizer, packed)
+    assert certificate["causal"], certificate["failed"]
+    lengths = [packed.plan.lengths[a:b].sum() for a, b in itertools.pairwise(packed.plan.rows)]
+    text = np.arange(T) < np.array(lengths)[:, None]
+    assert certificate["rows"] == len(lengths) > B
+    assert certificate["tokens"] == text.sum() < 0.8 * text.size
+    losses, counts, taken = [], [], []
+    for batch in batches_of(packed):
+        real = is_real(batch)
+        logits = logits_of("hybrid", batch, CAUSAL).astype(np.float64)
+        loss = np.log(np.exp(logits).sum(axis=2)) - np.take_along_axis(logits, batch["targets"][:, :, None], axis=2)[:, :, 0]
+        losses += (loss * batch["weights"]).sum(axis=1)[real].tolist()
+        counts += batch["weights"].sum(axis=1)[real].tolist()
+        taken.append(forward("hybrid").hidden(batch, CAUSAL)[1]["taken_BT"][:, real])
+    quality, depth = (certificate["measures"][name] for name in ("cross_entropy", "depth"))
+    assert quality["tokens"] == sum(counts) < text.sum()
+    assert quality["causal"]["nats_per_token"] == pytest.approx(sum(losses) / sum(counts), rel=1e-5)
+    assert depth["tokens"] == text.sum()
+    for layer, taken_NT in zip(depth["layers"], np.concatenate(taken, axis=1), strict=True):
+        assert layer["realised_capacity"] == pytest.approx(taken_NT[text].mean())
+    assert prefixes(forward("dense"), batches_of(packed), [T - 1], CAUSAL)["tokens"] == text[:, : T - 1].sum()
+    n = len(lengths)
+    points = [1 + row * (length - 1) // n for row, length in enumerate(lengths)]
+    assert swaps(forward("dense"), batches_of(packed), V, CAUSAL)["tokens"] == 2 * sum(points)
+
+
+def test_prompts_of_packed_rows_are_of_one_conversation(packed):
+    batches = batches_of(packed)
+    documents = [
+        packed.stream.read(start, start + length).tolist()
+        for start, length in zip(packed.plan.starts, packed.plan.lengths, strict=True)
+    ]
+    for length in (3, T):
+        for prompt in certify._prompts(batches, length):
+            assert any(prompt == each[: len(prompt)] for each in documents)
+
+
+def test_the_standard_error_is_that_of_a_ratio():
+    draw = np.random.default_rng(0)
+    counts = draw.integers(1, 30, (4000, 50))
+    sums = counts * 2.0 + draw.normal(size=counts.shape) * np.sqrt(counts)
+    spread = np.std(sums.sum(axis=1) / counts.sum(axis=1))
+    assert np.mean([standard_error(*each) for each in zip(sums, counts, strict=True)]) == pytest.approx(spread, rel=0.05)
+    means = draw.normal(size=20)
+    assert standard_error(means * 7, np.full(20, 7)) == pytest.approx(np.std(means, ddof=1) / np.sqrt(20))
+
+
 def test_the_difference_of_prefixes_is_that_of_the_logits(held_out):
     batch = batches_of(held_out)[0]
     short = {name: batch[name][:, :5] for name in batch}
@@ -336,10 +401,10 @@ def test_a_leak_in_one_row_and_token_is_found_wherever_it_is(monkeypatch, held_o
         last = jnp.asarray(batch["inputs"])[:, -1].astype(hidden_BTD.dtype)  # what the row ends with
         return hidden_BTD.at[1, 0, 0].add(1e-2 * last[1]), depth
 
-    run, end = forward("dense"), held_out.document_end_id
-    assert swaps(run, batches, V, end, CAUSAL)["holds"]
+    run = forward("dense")
+    assert swaps(run, batches, V, CAUSAL)["holds"]
     monkeypatch.setattr(Forward, "hidden", leaking)
-    found = swaps(run, batches, V, end, CAUSAL)
+    found = swaps(run, batches, V, CAUSAL)
     assert not found["holds"]
     assert found["where"]["position"] == 0
     assert found["where"]["row"] % B == 1
@@ -481,7 +546,7 @@ def test_a_leak_in_float32_alone_is_not_forgiven(monkeypatch, held_out, name):
     batches, run = batches_of(held_out), of(untrained(name))
     for measure in (
         partial(prefixes, batches=batches, lengths=[8, 15], mode=CAUSAL),
-        partial(swaps, batches=batches, vocab_size=V, end=held_out.document_end_id, mode=CAUSAL),
+        partial(swaps, batches=batches, vocab_size=V, mode=CAUSAL),
     ):
         found = settled(measure, run)
         assert found["relative"] > 0.1
@@ -659,6 +724,28 @@ def test_the_command_prints_and_writes_the_certificate(run, capsys):
     assert quality["causal"]["bits_per_byte"] == pytest.approx(result["bits_per_byte"], rel=1e-6)
     assert (quality["tokens"], quality["bytes"]) == (result["tokens"], result["bytes"])
     assert [layer["realised_capacity"] for layer in depth["layers"]] == pytest.approx(result["mod_capacity"], rel=1e-6)
+
+
+def test_a_run_of_conversations_is_judged_by_the_rows_that_it_evaluates_on(tmp_path, monkeypatch, capsys):
+    config = tiny("dense+mod", steps=1, optim={"warmup_steps": 0})
+    config.data.source, config.data.held_out, config.mesh.data = chats(tmp_path / "chats.jsonl"), 0.2, 1
+    config.data.cache_dir, config.monitor.sample_tokens = str(tmp_path / "cache"), 1
+    monkeypatch.setattr("lumina_jax.device.matmul_peak", lambda dtype: 1e12)
+    assert train_and_evaluate(config, tmp_path / "run") == 0
+    capsys.readouterr()
+    code, printed = certified(capsys, tmp_path / "run", "--rows", 0, "--json")
+    quality = json.loads(printed)["measures"]["cross_entropy"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())["held_out"]
+    assert code == 0
+    assert (quality["tokens"], quality["bytes"]) == (result["tokens"], result["bytes"])
+    assert quality["causal"]["nats_per_token"] == pytest.approx(result["loss"], rel=1e-6)
+    run = RunDirectory(tmp_path / "run")
+    corpora = corpora_of(run, load(str(run.path)), lambda line: None)
+    seen = lumina_jax.routing.look(run, config, *corpora.values(), 9999, False)
+    (evaluated,) = held_out_rows(config, corpora).values()
+    batches = list(evaluated.evaluation())
+    assert np.array_equal(seen.tokens_RT, np.concatenate([batch["inputs"][is_real(batch)] for batch in batches]))
+    assert quality["tokens"] < seen.filled_RT.sum() < seen.filled_RT.size
 
 
 def test_a_leak_exits_6_and_says_what_failed(run, capsys, peeking):

@@ -24,9 +24,15 @@ def rows(count=5, seed=0):
     return np.random.default_rng(seed).integers(0, V, (count, T)).astype(np.int32)
 
 
+def laid_out(tokens_RT):
+    segments_RT, positions_RT = segments_and_positions(tokens_RT, END)
+    weights_RT = np.ones(tokens_RT.shape, np.float32)
+    return {"inputs": tokens_RT, "segments": segments_RT, "positions": positions_RT, "weights": weights_RT}
+
+
 def decided(config, tokens_RT):
     graphdef, variables = create(config.model, 0)
-    return decisions(config, graphdef, variables, tokens_RT, END, step=3), graphdef, variables
+    return decisions(config, graphdef, variables, laid_out(tokens_RT), step=3), graphdef, variables
 
 
 def own_metrics(config, graphdef, variables, tokens_RT):
@@ -80,7 +86,7 @@ def test_a_choice_is_that_of_its_token_and_not_of_another():
             block["attention"]["output"][...] *= 0
     tokens_RT = rows()
     tokens_RT[1] = tokens_RT[0][::-1]
-    found = decisions(config, graphdef, variables, tokens_RT, END).experts_LRTk[0]
+    found = decisions(config, graphdef, variables, laid_out(tokens_RT)).experts_LRTk[0]
     assert np.array_equal(found[1], found[0][::-1])
     assert len(np.unique(found[0])) > 1
 
@@ -99,7 +105,7 @@ def test_a_layer_that_no_token_takes_has_no_choices():
     for segment in variables.params["segments"].values():
         for block in segment.values():
             block["mod"]["bias"][...] = block["mod"]["bias"][...] - 1e6
-    found = decisions(config, graphdef, variables, rows(), END)
+    found = decisions(config, graphdef, variables, laid_out(rows()))
     assert not found.taken_LRT.any()
     assert (found.experts_LRTk == -1).all()
 
@@ -135,7 +141,7 @@ def test_rows_are_spread_over_the_held_out_text_and_read_with_the_checkpoint_tha
     config, asked = tiny("moe+mod"), []
     opened = (config, *create(config.model, 0), 40)
     monkeypatch.setattr(checkpoint, "open_model", lambda path, best: (asked.append(best), opened)[1])
-    corpus = SimpleNamespace(held_out=HeldOutStream(), document_end_id=END)
+    corpus = SimpleNamespace(kind="text", held_out=HeldOutStream(), document_end_id=END)
     found = look(RunDirectory("nowhere"), config, corpus, rows, best=True)
     assert asked == [True]
     assert found.step == 40

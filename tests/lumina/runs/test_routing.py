@@ -422,8 +422,16 @@ def test_a_layer_that_every_token_takes_has_neither():
 def test_depth_by_position_is_the_share_of_each_part_of_the_rows():
     taken = np.zeros((1, 2, 6), bool)
     taken[0, 0, :2] = taken[0, :, 4] = True
-    assert by_position(taken, 3).tolist() == [[0.5, 0.0, 0.5]]
-    assert by_position(taken, 64).shape == (1, 6)
+    everywhere = np.ones((2, 6), bool)
+    assert by_position(taken, everywhere, 3).tolist() == [[0.5, 0.0, 0.5]]
+    assert by_position(taken, everywhere, 64).shape == (1, 6)
+
+
+def test_depth_by_position_is_of_text_alone():
+    taken = np.ones((1, 2, 6), bool)
+    taken[0, 0, 2] = False
+    filled = np.array([[True] * 4 + [False] * 2, [True] * 2 + [False] * 4])
+    assert np.array_equal(by_position(taken, filled, 3), [[1.0, 0.5, np.nan]], equal_nan=True)
 
 
 def test_advice_does_not_change_its_arguments():

@@ -95,7 +95,7 @@ def held_out(cfg, T=24):
     tokens_RT = np.arange(8 * T).reshape(8, T) % (len(PIECES) + 1)
     experts = np.stack([tokens_RT % cfg.model.moe.num_experts] * moe)[..., None] if moe else np.zeros((0, 8, T, 1), int)
     taken = np.stack([tokens_RT % 2 == layer for layer in range(mod)]) if mod else np.zeros((0, 8, T), bool)
-    return HeldOut(60, tokens_RT, experts, taken)
+    return HeldOut(60, tokens_RT, np.ones((8, T), bool), experts, taken)
 
 
 @pytest.fixture(autouse=True)
