@@ -157,6 +157,23 @@ class Course(Batches):
             total[source] = total.get(source, 0.0) + used / len(rows)
         return total
 
+    def again(self, stage: int) -> dict[int, int]:
+        """Positions of each source, by number, that a stage reads although stages before it did, in rows of another length.
+
+        An order of longer rows knows nothing of that of shorter ones: how many is what chance makes of two orders.
+        """
+        found = {}
+        for number in self.legs[stage].tables:
+            source, rows = self.rows.tables[number]
+            unread = 1.0
+            for other, (its_source, its_rows) in enumerate(self.rows.tables):
+                if its_source == source and other != number:
+                    unread *= 1 - min(1, self._used[stage][other] / len(its_rows))
+            reads = min(int(self._used[stage + 1][number] - self._used[stage][number]), len(rows))
+            if count := round((1 - unread) * reads * rows.sequence_length):
+                found[source] = count
+        return found
+
     def following(self, step: int, consumed: int) -> "Course":
         """As of `Batches`. Raises a ConfigError where there are several stages and the rows do not follow."""
         first = consumed - step * self.batch_size

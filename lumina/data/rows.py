@@ -226,6 +226,10 @@ class Batches:
         """Rows of each source, by number, that its stage has read up to and with step `step`."""
         return {0: self.consumed(step + 1)}
 
+    def again(self, stage: int) -> dict[int, int]:
+        """Positions of each source, by number, that a stage reads anew; see `lumina.data.mixture.Course`."""
+        return {}
+
     def row_numbers(self, step: int) -> np.ndarray:
         """Which rows step `step` reads, int64 [B]. Epochs follow each other without a gap, within a batch if need be."""
         if step < 0 or self.consumed(step) < 0:

@@ -90,6 +90,17 @@ def _reading(config: Config, text: Text) -> list[tuple[str, str]]:
     ]
 
 
+def read_again(text: Text) -> list[str]:
+    """What to say before a run of each source that a stage reads in rows of another length than a stage before it."""
+    names = list(text.corpora)
+    return [
+        f"stage {number + 1} of {len(text.stages)} begins {names[source]} anew, in rows of {stage.sequence_length:,}: about "
+        f"{si(count)} tokens of what stages before it read in rows of another length are read again"
+        for number, stage in enumerate(text.stages)
+        for source, count in text.train.again(number).items()
+    ]
+
+
 class Reporter:
     """Turns each step's metrics into the live line, metrics.jsonl and the ledger, one step late: the device never waits."""
 
@@ -156,7 +167,9 @@ class Reporter:
         if self.ledger is not None:
             if began:
                 stage = self.batches.stage(step - 1)
-                of_stage = {"sequence_length": T, "mixture": spelled(self.stages[stage].mixture)}
+                of_stage: dict[str, Any] = {"sequence_length": T, "mixture": spelled(self.stages[stage].mixture)}
+                if again := self.batches.again(stage):
+                    of_stage["read_again"] = {self.sources[source]: count for source, count in again.items()}
                 self.ledger.append({"step": step, "stage": stage + 1, **of_stage})
             rows = sha256(numbers.astype("<i8").tobytes()).hexdigest()[:16]
             overflowed = not math.isfinite(record["gradient_norm"])  # float16, whose scale was halved instead of a skip

@@ -153,6 +153,8 @@ def _train_and_evaluate(
         events.write("begun", start, origin.says, begun_from=origin.record)
         if writes:
             origin.copy_ledger(run)
+    for says in report.read_again(text) if start == 0 else []:
+        events.write("read again", start, says)
     for change in changes:
         events.write("changed", start, f"changed from step {start} on: {change}")
     if writes:

@@ -80,6 +80,16 @@ def test_a_stage_that_begins_is_an_event_a_line_and_in_the_ledger(whole, files):
     ]
 
 
+def test_a_source_that_begins_anew_is_told_at_the_start_and_in_the_ledger(whole, files):
+    (event,) = [event for event in read_json_lines(whole.events) if event["event"] == "read again"]
+    assert event["says"].startswith(f"stage 2 of 3 begins {files.texts} anew, in rows of {LONG}: about ")
+    assert event["says"] in whole.stderr
+    told = [record.get("read_again") for record in read_json_lines(whole.ledger) if "stage" in record]
+    assert list(told[0]) == [files.texts]
+    assert 0 < told[0][files.texts] <= 6 * LONG  # half of three batches of four rows
+    assert told[1] is None
+
+
 def test_a_run_of_stages_is_whole_to_those_that_read_it(whole):
     assert [finding.says for finding in library.verify(whole) if not finding.well] == []
     assert library.summary(whole).step == 9

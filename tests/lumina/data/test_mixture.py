@@ -146,6 +146,29 @@ def test_epochs_tell_how_often_each_source_is_read():
     assert made.epochs() == {0: (12 + 8) / 10, 1: 8 / 4}
 
 
+def test_what_is_read_again_in_rows_of_another_length_is_what_two_orders_share():
+    tables = [table(0, 2000, T=4), table(0, 1000, T=8), table(1, 500, T=8)]
+    legs = [(250, (0,), [1]), (100, (1, 2), [1, 1]), (150, (1,), [1]), (100, (0,), [1])]
+    made = course(legs, tables)
+    assert made.again(0) == {}
+    before = set()  # tokens that the first stage read, of half of the source
+    for row in numbers_of(made, range(250), 0):
+        before |= set(range(4 * row, 4 * row + 4))
+    rows = numbers_of(made, range(250, 350), 1)
+    shared = sum(token in before for row in rows for token in range(8 * row, 8 * row + 8))
+    assert made.again(1) == {0: 200 * 8 // 2}
+    assert shared == pytest.approx(made.again(1)[0], rel=0.15)
+    assert made.again(2) == {0: 600 * 8 // 2}
+    assert made.again(3) == {0: round(400 * 4 * 0.8)}  # 800 of the 1,000 longer rows were read
+    everything = course([(600, (0,), [1]), (900, (1,), [1])], tables)
+    assert everything.again(1) == {0: 1000 * 8}
+
+
+def test_a_source_that_goes_on_in_rows_of_one_length_reads_nothing_again():
+    made = course([(3, (0,), [1]), (4, (0, 1), [1, 1])], [table(0, 24), table(1, 24)])
+    assert made.again(0) == made.again(1) == Batches(table(0, 24).rows, 4, seed=0).again(0) == {}
+
+
 def test_another_batch_size_is_refused_in_several_stages():
     made = course([(3, (0,), [1]), (4, (1,), [1])], [table(0, 9), table(1, 9)])
     assert made.following(5, 20).row_numbers(5).tolist() == made.row_numbers(5).tolist()

@@ -130,6 +130,21 @@ def test_the_opening_tells_of_stages_sources_and_lengths():
     assert rows["data"].count("64.0 K tokens to train on") == 2
 
 
+def test_a_source_that_a_later_stage_begins_anew_is_told_with_its_tokens():
+    config = Config()
+    config.train.steps, config.train.batch_size, config.data.sequence_length = 500, 4, 64
+    config.data.stages = "250 x 32: stdlib; 100: docstrings; 50: stdlib; 100 x 32: stdlib"
+    # Half of 2,000 short rows, then 200 long ones: half of their 12,800 tokens; then 20 % of the other's.
+    assert report.read_again(text_of(config)) == [
+        "stage 3 of 4 begins stdlib anew, in rows of 64: about 6.40 K tokens of what stages before it read in rows of another "
+        "length are read again",
+        "stage 4 of 4 begins stdlib anew, in rows of 32: about 2.56 K tokens of what stages before it read in rows of another "
+        "length are read again",
+    ]
+    config.data.stages = "250: stdlib; 100: docstrings; 150: stdlib"
+    assert report.read_again(text_of(config)) == []
+
+
 # --------------------------------------------------------------------------------------------------------- each step
 
 T = 4
@@ -347,7 +362,8 @@ def test_a_stage_that_begins_is_a_line_of_the_ledger_before_its_first_step(stage
     records = read_json_lines(staged.run.ledger)
     assert [(r["step"], r.get("stage")) for r in records if r["step"] in (3, 4)] == [(3, None), (4, 2), (4, None)]
     assert sum("stage" in record for record in records) == 1
-    assert records[3] == {"step": 4, "stage": 2, "sequence_length": 8, "mixture": "a@1, b@3"}
+    about = {"sequence_length": 8, "mixture": "a@1, b@3", "read_again": {"a": 3}}  # 6 rows of 50, and 3 of 25
+    assert records[3] == {"step": 4, "stage": 2, **about}
     assert began[3] == "step 4: stage 2 of 2 begins: 6 steps of rows of 8 tokens from a@1, b@3"
     assert not any(began[:3] + began[4:])
     state, found = read_ledger(records)
