@@ -24,7 +24,7 @@ from pathlib import Path
 from lumina.config import DataConfig
 from lumina.data import held_out_texts
 from lumina.errors import exit_with
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 
 TICK_SECONDS = 0.1
 

@@ -44,7 +44,7 @@ def choose(free: int | None = None) -> Config:
     Raises:
         ConfigError: not even the smallest fits.
     """
-    from lumina.tokenizer import NAMED_ENCODINGS, load_tokenizer
+    from lumina.tokenizer_files import NAMED_ENCODINGS, load_tokenizer
 
     free, where = (free, "given") if free is not None else free_memory()
     usable, verdicts = int(free * SHARE), []

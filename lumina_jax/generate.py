@@ -15,7 +15,8 @@ from flax import nnx
 from lumina.config import Config
 from lumina.generation import Sampling, TextGenerator
 from lumina.runs.directory import RunDirectory
-from lumina.tokenizer import Tokenizer, load_tokenizer
+from lumina.tokenizer import Tokenizer
+from lumina.tokenizer_files import load_tokenizer
 from lumina_jax.attention import at_least_float32
 from lumina_jax.model import Variables, fit_caches, make_caches, merge, routed_caches
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from lumina.interchange.side import Canonical, Pass, Row
 from lumina.interchange.state import load_here
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 from lumina_jax.checkpoint import variables_of
 from lumina_jax.generate import Generator, bucket
 from lumina_jax.model import Mode, merge

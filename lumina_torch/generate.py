@@ -12,7 +12,8 @@ from torch import Tensor
 from lumina.config import Config
 from lumina.generation import Sampling, TextGenerator
 from lumina.runs.directory import RunDirectory
-from lumina.tokenizer import Tokenizer, load_tokenizer
+from lumina.tokenizer import Tokenizer
+from lumina.tokenizer_files import load_tokenizer
 from lumina_torch.attention import Cache, at_least_float32
 from lumina_torch.checkpoint import load
 from lumina_torch.model import Transformer, make_caches

@@ -11,7 +11,7 @@ import torch
 
 from lumina.interchange.side import Canonical, Pass, Row
 from lumina.interchange.state import load_here
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 from lumina_torch.checkpoint import transformer_of
 from lumina_torch.generate import Generator
 from lumina_torch.model import Mode

@@ -12,7 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 import lumina_torch.moe
 from lumina import cli
 from lumina.config import MoDConfig, load
-from lumina.data import prepare
 from lumina.data.rows import segments_and_positions
 from lumina.interchange import comparing, exporting
 from lumina.interchange.exporting import write_canonical
@@ -27,6 +26,7 @@ from lumina_jax.step import init_state
 from lumina_torch.checkpoint import from_state
 from lumina_torch.side import open_side
 from parity_tests.test_interchange import save_jax, save_torch
+from tests.lumina.corpora import corpus_of
 from tests.lumina.interchange.families import model_config
 from tests.lumina.interchange.runs import T, V, run_of, tokenizer
 
@@ -245,7 +245,7 @@ def test_certificates_and_routing_are_of_the_weights_that_pytorch_trained(runs, 
     assert ("the weights are of lumina_torch" in found["device"]) == (name == "of_torch")
     params = by_canonical_name(load(str(runs / name)).model, seen[0].params)
     assert all(np.array_equal(params[tensor], state.weights[tensor]) for tensor in params)
-    corpus = corpus_of(runs / name)
+    corpus = corpus_of_run(runs / name)
     held_out = routing.look(RunDirectory(runs / name), load(str(runs / name)), corpus, 2, False)
     side = opened(runs / name)
     rows = (comparing.Row(t, t, *(a[0] for a in segments_and_positions(t[None], side.end))) for t in held_out.tokens_RT)
@@ -255,7 +255,6 @@ def test_certificates_and_routing_are_of_the_weights_that_pytorch_trained(runs, 
         assert np.array_equal(held_out.taken_LRT[:, number], told["taken_LT"])
 
 
-def corpus_of(path):
+def corpus_of_run(path):
     config = load(str(path))
-    data = replace(config.data, tokenizer=str(path / "tokenizer"))
-    return prepare(data, config.model.vocab_size, lambda line: None)
+    return corpus_of(replace(config.data, tokenizer=str(path / "tokenizer")), config.model.vocab_size)

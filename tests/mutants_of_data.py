@@ -2,7 +2,9 @@
 
 from mutant import Mutant
 
-CONVERSATION, TOKENIZER, STAGES = (f"lumina/test_{name}.py::test" for name in ("conversation", "tokenizer", "stages"))
+CONVERSATION, TOKENIZER_FILES, STAGES = (
+    f"lumina/test_{name}.py::test" for name in ("conversation", "tokenizer_files", "stages")
+)
 PACKING, MIXTURE = (f"lumina/data/test_{name}.py::test" for name in ("packing", "mixture"))
 SHINGLES, DUPLICATES, STEPS, LANGUAGE, QUALITY, DECONTAMINATION = (
     f"lumina/data/cleaning/test_{name}.py::test"
@@ -82,14 +84,14 @@ DATA = [
         "lumina/tokenizer.py",
         "kind, self._control, decides",
         "kind, CONTROL_TOKENS, decides",
-        f"{TOKENIZER}_further_control_tokens_come_last_and_change_no_other_id",
+        f"{TOKENIZER_FILES}_further_control_tokens_come_last_and_change_no_other_id",
     ),
     Mutant(
         "further control tokens of a saved tokenizer lost",
-        "lumina/tokenizer.py",
+        "lumina/tokenizer_files.py",
         "[*control[len(CONTROL_TOKENS) :], *more]",
         "[*more]",
-        f"{TOKENIZER}_a_saved_tokenizer_can_be_given_further_control_tokens",
+        f"{TOKENIZER_FILES}_a_saved_tokenizer_can_be_given_further_control_tokens",
     ),
     Mutant(
         "the template is not exported",

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -32,25 +31,12 @@ from lumina.stages import first_source
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-__all__ = ["Batches", "Corpus", "Rows", "TokenStream", "held_out_texts", "prepare", "prepare_all"]
+__all__ = ["Batches", "Corpus", "Rows", "TokenStream", "held_out_texts", "prepare_all"]
 
 Say = Callable[[str], None]
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-def prepare(data: DataConfig, vocab_size: int, progress: Say = _to_stderr) -> Corpus:
-    """The corpus of `data.source` alone; see `prepare_all`. Raises DataError where a side is shorter than a row, too."""
-    (corpus,) = prepare_all([data.source], data, vocab_size, progress)
-    if corpus.kind == "text":
-        for stream in (corpus.train, corpus.held_out):
-            Rows(stream, data.sequence_length, corpus.document_end_id)
-    return corpus
-
-
-def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progress: Say = _to_stderr) -> list[Corpus]:
+def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progress: Say) -> list[Corpus]:
     """The corpus of each source, a prepared directory or comma-separated files and names, with one tokenizer for all.
 
     Args:
@@ -66,7 +52,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         UsageError: the cache cannot be written.
     """
     from lumina.conversation import TEMPLATES
-    from lumina.tokenizer import load_tokenizer
+    from lumina.tokenizer_files import load_tokenizer
 
     recipe = Recipe(steps="none", text_field=data.text_field)
     opened = {source: open_corpus(Path(source)) for source in sources if is_prepared(Path(source))}
@@ -125,7 +111,7 @@ def _trained(
     data: DataConfig, orders: list[tuple[Order, Plan]], vocab_size: int, extra: tuple[str, ...], progress: Say
 ) -> "Tokenizer":
     """The tokenizer of all sources, from the cache or trained now."""
-    from lumina.tokenizer import load_tokenizer
+    from lumina.tokenizer_files import load_tokenizer
 
     key = [FORMAT, [planned.fingerprint for _, planned in orders], vocab_size, extra, data.held_out, data.text_field]
     path = _cache_path(data, TOKENIZER, key)

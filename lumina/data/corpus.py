@@ -79,7 +79,7 @@ def is_prepared(path: Path) -> bool:
 
 def open_corpus(path: Path, tokenizer: "Tokenizer | None" = None) -> Corpus:
     """The corpus in a prepared directory; raises DataError where it is damaged, or made with another tokenizer than given."""
-    from lumina.tokenizer import load_tokenizer
+    from lumina.tokenizer_files import load_tokenizer
 
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())

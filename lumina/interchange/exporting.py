@@ -22,7 +22,8 @@ from lumina.data import held_out_texts
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange import huggingface, safe_tensors, tokenizer_json, verify
 from lumina.runs.steps import sync_directory
-from lumina.tokenizer import Tokenizer, load_tokenizer
+from lumina.tokenizer import Tokenizer
+from lumina.tokenizer_files import load_tokenizer
 
 CANONICAL = "canonical"
 FORMATS = (*huggingface.ARCHITECTURES, CANONICAL)

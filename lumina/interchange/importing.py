@@ -18,7 +18,8 @@ from lumina.errors import ConfigError, DataError, UsageError
 from lumina.interchange import foreign, verify
 from lumina.interchange.exporting import Say, appearing, held_out, require_new, write_canonical, write_json
 from lumina.interchange.safe_tensors import INDEX, SafeTensors
-from lumina.tokenizer import FILE, Tokenizer, load_tokenizer
+from lumina.tokenizer import FILE, Tokenizer
+from lumina.tokenizer_files import load_tokenizer
 
 
 def import_directory(path: Path, out: Path, say: Say) -> dict[str, Any]:

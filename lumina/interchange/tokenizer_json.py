@@ -9,7 +9,8 @@ from typing import Any
 from lumina.conversation import TEMPLATES, jinja, render
 from lumina.data.records import Turn
 from lumina.errors import DataError
-from lumina.tokenizer import CONTROL_TOKENS, FILE, Tokenizer, _byte_of_character
+from lumina.tokenizer import CONTROL_TOKENS, FILE, Tokenizer
+from lumina.tokenizer_files import byte_of_character
 
 
 def write(directory: Path, tokenizer: Tokenizer, positions: int, template: str = "lumina") -> bool:
@@ -105,7 +106,7 @@ def _require_control_ids(spec: dict[str, Any], tokenizer: Tokenizer) -> None:
 
 def _byte_level(ranks: list[bytes], pattern: str) -> dict[str, Any]:
     """A byte-level BPE of tiktoken: of all pairs that join to a token, the one whose token has the lowest rank joins first."""
-    character_of = {byte: character for character, byte in _byte_of_character().items()}
+    character_of = {byte: character for character, byte in byte_of_character().items()}
 
     def spelled(token: bytes) -> str:
         return "".join(character_of[byte] for byte in token)

@@ -11,7 +11,7 @@ from lumina.interchange.state import Source, State, locate, read_state
 from lumina.runs.directory import ACCEPT, RunDirectory, config_changes, deciding, replace_file
 from lumina.runs.progress import Progress
 from lumina.runs.steps import Steps
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 
 FIELD = "checkpoint.init_from"
 # What is read: a run on something else begins from weights, unless it says state.

@@ -10,11 +10,11 @@ from hashlib import sha256
 import numpy as np
 
 from lumina.config import load
-from lumina.data import prepare
 from lumina.data.rows import permute
 from lumina.runs.directory import RunDirectory
 from tests.faults.faulty import DAY, Fault
 from tests.faults.trial import HUNDRED, Trial, events, last_line, ledger, parameters, require, tree, whole
+from tests.lumina.corpora import corpus_of
 
 KILL = {"do": "signal", "signal": signal.SIGKILL}
 TOLERANCE = 1e-4  # relative, of losses on another number of devices
@@ -191,7 +191,7 @@ def batch_size(trial: Trial, part: int, parts: int) -> str:
     refused(trial, run, before, 3, "train.batch_size: 8 -> 16", "--config.train.batch_size=16")
     trial.train(run, "--config.train.batch_size=16", "--accept-changes")
     config = load(str(trial.kit / "config.json"))
-    corpus = prepare(config.data, config.model.vocab_size, lambda line: None)
+    corpus = corpus_of(config.data, config.model.vocab_size, lambda line: None)
     rows = (corpus.train.num_tokens - 1) // config.data.sequence_length
     order = permute(np.arange(6 * 8 + 6 * 16, dtype=np.int64), rows, config.train.seed, 0)
     require(len(set(order.tolist())) == len(order), "the expected order repeats a row")

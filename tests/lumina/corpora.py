@@ -1,6 +1,8 @@
-"""Small files of texts and of conversations, for runs that read both."""
+"""Small files of texts and of conversations, for runs that read both, and what a run makes of one source."""
 
 import json
+
+from lumina.data import prepare_all
 
 WORDS = ["add", "sort", "find", "join", "move", "read", "scale", "shift", "split", "sum", "trim", "mix"]
 
@@ -30,3 +32,9 @@ def preferences(path, count=40):
     lines = [{"prompt": f"say {n}", "chosen": f"well: {n}", "rejected": f"no {n * n}"} for n in range(count)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
+
+
+def corpus_of(data, vocab_size, say=lambda line: None):
+    """The corpus of `data.source` alone, as a run finds or makes it."""
+    (corpus,) = prepare_all([data.source], data, vocab_size, say)
+    return corpus

@@ -16,12 +16,12 @@ def no_named_encodings(monkeypatch):
     def missing(name):
         raise DataError(f"{name} is not here")
 
-    monkeypatch.setattr("lumina.tokenizer.load_tokenizer", missing)
+    monkeypatch.setattr("lumina.tokenizer_files.load_tokenizer", missing)
 
 
 @pytest.fixture
 def all_named_encodings(monkeypatch):
-    monkeypatch.setattr("lumina.tokenizer.load_tokenizer", lambda name: None)
+    monkeypatch.setattr("lumina.tokenizer_files.load_tokenizer", lambda name: None)
 
 
 def test_the_choice_fits_and_the_next_larger_does_not(all_named_encodings, capsys):

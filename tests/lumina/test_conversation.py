@@ -23,7 +23,8 @@ from lumina.conversation import (
 )
 from lumina.data.records import Turn
 from lumina.errors import ConfigError, DataError
-from lumina.tokenizer import CONTROL_TOKENS, load_tokenizer, train_bpe
+from lumina.tokenizer import CONTROL_TOKENS, train_bpe
+from lumina.tokenizer_files import load_tokenizer
 from tests.lumina.test_tokenizer import LOSSLESS, MARK_SPACES, files, some
 
 __all__ = ["files"]  # a fixture

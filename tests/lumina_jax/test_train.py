@@ -26,7 +26,6 @@ import lumina_jax
 import lumina_jax.device
 import lumina_jax.train
 from lumina.config import MeshConfig, load, save
-from lumina.data import prepare
 from lumina.data.rows import Batches, Rows
 from lumina.errors import CheckpointError, ConfigError, UsageError
 from lumina.runs.console import printable
@@ -42,6 +41,7 @@ from lumina_jax.generate import load_generator
 from lumina_jax.mesh import one_device, shaped_whole
 from lumina_jax.step import make_eval_step, state_shapes
 from lumina_jax.train import train_and_evaluate
+from tests.lumina.corpora import corpus_of
 from tests.lumina_jax.tiny import T, V, tiny
 from tests.waiting import GIVES_UP, until
 
@@ -79,7 +79,7 @@ def train_command(*arguments, directory=ROOT):
 
 
 def train_batches():
-    corpus = prepare(config().data, V)
+    corpus = corpus_of(config().data, V)
     return Batches(Rows(corpus.train, T, corpus.document_end_id), 4, config().train.seed)
 
 
@@ -196,7 +196,7 @@ def test_metrics_have_every_step_and_evaluation(whole):
 
 
 def test_bits_per_byte_count_the_bytes_of_the_batch(whole):
-    corpus, batches = prepare(config().data, V), train_batches()
+    corpus, batches = corpus_of(config().data, V), train_batches()
     for record in read_json_lines(whole.metrics):
         if record["kind"] == "train":
             targets = batches.batch(record["step"] - 1)["targets"]
@@ -208,7 +208,7 @@ def test_bits_per_byte_count_the_bytes_of_the_batch(whole):
 
 
 def test_an_evaluation_counts_every_whole_row_of_the_held_out_text(whole):
-    corpus = prepare(config().data, V)
+    corpus = corpus_of(config().data, V)
     rows = (corpus.held_out.num_tokens - 1) // T
     text = corpus.tokenizer.decode_bytes(corpus.held_out.read(1, rows * T + 1).tolist())
     last = json.loads(whole.result.read_text())["held_out"]
@@ -529,7 +529,7 @@ def test_the_best_checkpoint_is_the_one_of_the_lowest_held_out_loss(diverged):
     best = min(evaluations.values(), key=lambda record: record["loss"])
     assert best["step"] in Steps(run.checkpoints).all()
     assert json.loads(run.result.read_text())["best_step"] == best["step"] < max(evaluations)
-    corpus = prepare(settings.data, V)
+    corpus = corpus_of(settings.data, V)
     held_out = Batches(Rows(corpus.held_out, T, corpus.document_end_id), 4, seed=0, shuffle=False)
     step = jax.jit(make_eval_step(settings, state_shapes(settings)[1], corpus.tokenizer.token_bytes()))
     for which, record in ((True, best), (False, evaluations[max(evaluations)])):

@@ -22,7 +22,7 @@ from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
 from lumina.runs.lock import RunLock
 from lumina.runs.units import si
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
@@ -117,7 +117,7 @@ def prepare_directory(
     """Make `out` a prepared directory, or go on with it; returns its manifest.
 
     Args:
-        tokenizer: bpe, or what `lumina.tokenizer.load_tokenizer` takes.
+        tokenizer: bpe, or what `lumina.tokenizer_files.load_tokenizer` takes.
         vocab_size, sample: of a bpe that is trained: its ids, and the bytes of text it is trained on.
         max_bad: share of rejected records above which nothing is made.
 

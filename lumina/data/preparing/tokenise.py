@@ -199,7 +199,7 @@ def _texts_of(recipe: Recipe) -> Iterator[str]:
 
 @lru_cache(1)
 def _tokenizer(directory: str) -> "Tokenizer":
-    from lumina.tokenizer import load_tokenizer
+    from lumina.tokenizer_files import load_tokenizer
 
     return load_tokenizer(directory)
 

@@ -59,7 +59,7 @@ def tell(arguments: argparse.Namespace) -> None:
     extra = named(template).extra
     tokenizer = None
     if arguments.tokenizer:
-        from lumina.tokenizer import load_tokenizer
+        from lumina.tokenizer_files import load_tokenizer
 
         tokenizer = load_tokenizer(arguments.tokenizer, extra)
     console = Console(0)

@@ -15,7 +15,8 @@ from lumina.data.reading.readers import plan, read
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.data.records import PREFERENCE, Document, Reject, Turn
 from lumina.errors import DataError, UsageError
-from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, train_bpe
+from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
+from lumina.tokenizer_files import load_tokenizer
 
 MOST = 1000  # tokens of a side that are printed; --json has them all
 SAMPLE_RECORDS, SAMPLE_CHARACTERS = 200, 2**20  # that a tokenizer is trained on where none is named

@@ -17,7 +17,7 @@ from lumina.data.preparing.pipeline import REJECTS, Meter, Say
 from lumina.data.records import PREFERENCE, TEXT
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
-from lumina.tokenizer import UNKNOWN
+from lumina.tokenizer_files import UNKNOWN
 
 BLOCK_TOKENS = 2**20  # counted at once
 SAMPLED = 1000  # documents decoded for their languages

@@ -204,13 +204,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, extra: tuple[str,
     Args:
         texts: read once; all of it is in memory, several times over.
         vocab_size: the unknown piece, 256 bytes, pieces, and the control tokens at the end.
-        extra: further control tokens, as in `lumina.tokenizer.load_tokenizer`.
+        extra: further control tokens, as in `lumina.tokenizer_files.load_tokenizer`.
 
     Raises:
         ConfigError: `vocab_size` does not hold bytes, control tokens and the characters of the texts.
         DataError: the texts hold fewer pieces than asked for, or nothing at all.
     """
-    from lumina.tokenizer import control_tokens, load_tokenizer
+    from lumina.tokenizer import control_tokens
+    from lumina.tokenizer_files import load_tokenizer
 
     library = need("sentencepiece", "--kind sentencepiece")
     control = len(control_tokens(extra))
@@ -296,7 +297,7 @@ class HeldOut:
 
 def compare(tokenizer: "Tokenizer", texts: list[str], say: Say = lambda line: None) -> tuple[list[dict[str, Any]], list[str]]:
     """What each tokenizer makes of the texts, this one first, then the well-known ones; and why some of those are missing."""
-    from lumina.tokenizer import NAMED_ENCODINGS, load_tokenizer
+    from lumina.tokenizer_files import NAMED_ENCODINGS, load_tokenizer
 
     rows, missing = [measured(tokenizer, texts)], []
     for name in NAMED_ENCODINGS:

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from lumina.config import DataConfig
-from lumina.data import Batches, Rows, prepare
+from lumina.data import Batches, Rows
 from lumina.data.loader import AHEAD, prefetch
 from lumina.errors import DataError
+from tests.lumina.corpora import corpus_of
 from tests.waiting import GIVES_UP, until
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
-    return prepare(DataConfig(source="synthetic", cache_dir=str(cache), sequence_length=32), 512)
+    return corpus_of(DataConfig(source="synthetic", cache_dir=str(cache), sequence_length=32), 512)
 
 
 @pytest.fixture
@@ -132,8 +133,8 @@ def test_data_needs_no_backend(tmp_path):
     code = """
 import sys
 from lumina.config import DataConfig
-from lumina.data import Batches, Rows, prepare
-corpus = prepare(DataConfig(source="synthetic", cache_dir=sys.argv[1], sequence_length=32), 300)
+from lumina.data import Batches, Rows, prepare_all
+(corpus,) = prepare_all(["synthetic"], DataConfig(cache_dir=sys.argv[1], sequence_length=32), 300, str)
 Batches(Rows(corpus.train, 32, corpus.document_end_id), 2, 0).batch(0)
 print(sorted({"jax", "flax", "torch", "grain"} & set(sys.modules)))
 """

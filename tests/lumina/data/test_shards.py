@@ -12,14 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.config import DataConfig
-from lumina.data import prepare, shards
+from lumina.data import shards
 from lumina.data.corpus import open_corpus
 from lumina.data.reading.readers import plan
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.data.shards import ShardWriter, TokenStream
 from lumina.errors import ConfigError, DataError, UsageError
-from lumina.tokenizer import load_tokenizer, train_bpe
+from lumina.runs.text import rows_of
+from lumina.tokenizer import train_bpe
+from lumina.tokenizer_files import load_tokenizer
+from tests.lumina.corpora import corpus_of
 
 BYTES = 262  # the smallest vocabulary: 256 bytes and the control tokens
 RANDOM = np.random.default_rng(0).integers(0, 1024, 1000)
@@ -217,7 +220,7 @@ def documents(corpus, stream):
 
 def test_a_corpus_is_every_document_in_order_each_on_the_side_of_its_hash(tmp_path):
     texts = [*some_texts(100), "spells <|document_end|> out", "ünïcödé 🙂"]
-    corpus = prepare(config(tmp_path, texts_file(tmp_path, texts), held_out=0.2), BYTES)
+    corpus = corpus_of(config(tmp_path, texts_file(tmp_path, texts), held_out=0.2), BYTES)
     assert documents(corpus, corpus.train) == [text for text in texts if place(text) >= 0.2]
     assert documents(corpus, corpus.held_out) == [text for text in texts if place(text) < 0.2]
 
@@ -226,7 +229,7 @@ def test_the_manifest_tells_what_is_in_the_corpus(tmp_path):
     path = texts_file(tmp_path, some_texts(100))
     path.write_text(path.read_text() + "{\n7\n7\n")
     data = config(tmp_path, path, held_out=0.2)
-    corpus = prepare(data, BYTES)
+    corpus = corpus_of(data, BYTES)
     manifest = json.loads((corpus.path / "manifest.json").read_text())
     assert manifest == corpus.manifest
     planned = plan([str(path)], Recipe())
@@ -246,13 +249,13 @@ def test_the_manifest_tells_what_is_in_the_corpus(tmp_path):
 
 def test_the_tokenizer_is_trained_on_training_documents_only(tmp_path):
     texts = some_texts(200)
-    corpus = prepare(config(tmp_path, texts_file(tmp_path, texts), held_out=0.5), 300)
+    corpus = corpus_of(config(tmp_path, texts_file(tmp_path, texts), held_out=0.5), 300)
     assert corpus.tokenizer.fingerprint == train_bpe([text for text in texts if place(text) >= 0.5], 300).fingerprint
 
 
 def test_a_tokenizer_of_ones_own_is_used(tmp_path):
     train_bpe(some_texts(50), 280).save(tmp_path / "mine")
-    corpus = prepare(
+    corpus = corpus_of(
         config(tmp_path, texts_file(tmp_path, some_texts(50)), tokenizer=str(tmp_path / "mine"), held_out=0.3), 512
     )
     assert corpus.tokenizer.fingerprint == load_tokenizer(str(tmp_path / "mine")).fingerprint
@@ -263,7 +266,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
     train_bpe(some_texts(50), 280).save(tmp_path / "mine")
     data = config(tmp_path, texts_file(tmp_path, some_texts(50)), tokenizer=str(tmp_path / "mine"))
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 270: must be at least tokenizer bpe-280's 280"):
-        prepare(data, 270)
+        corpus_of(data, 270)
     assert not (tmp_path / "cache").exists()
 
 
@@ -272,15 +275,15 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 
 def test_other_documents_and_their_order_do_not_move_a_document(tmp_path):
     few, more = some_texts(40), [*some_texts(60, start=40), *reversed(some_texts(40))]
-    small = prepare(config(tmp_path, texts_file(tmp_path, few, "few.jsonl"), held_out=0.3), BYTES)
-    large = prepare(config(tmp_path, texts_file(tmp_path, more, "more.jsonl"), held_out=0.3), BYTES)
+    small = corpus_of(config(tmp_path, texts_file(tmp_path, few, "few.jsonl"), held_out=0.3), BYTES)
+    large = corpus_of(config(tmp_path, texts_file(tmp_path, more, "more.jsonl"), held_out=0.3), BYTES)
     for name in ("train", "held_out"):
         before, after = (set(documents(corpus, getattr(corpus, name))) for corpus in (small, large))
         assert before == after & set(few)
 
 
 def test_a_text_that_occurs_twice_is_never_on_both_sides(tmp_path):
-    corpus = prepare(config(tmp_path, texts_file(tmp_path, some_texts(50) * 2), held_out=0.3), BYTES)
+    corpus = corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50) * 2), held_out=0.3), BYTES)
     train, held_out = (documents(corpus, stream) for stream in (corpus.train, corpus.held_out))
     assert len(train) + len(held_out) == 100
     assert not set(train) & set(held_out)
@@ -290,38 +293,40 @@ def test_a_text_that_occurs_twice_is_never_on_both_sides(tmp_path):
 def test_an_empty_side_is_refused_with_a_fraction_that_works(tmp_path, held_out, says):
     path = texts_file(tmp_path, some_texts(3))
     with pytest.raises(DataError, match=rf"= {held_out}: none of 3 documents is {says}") as refusal:
-        prepare(config(tmp_path, path, held_out=held_out), BYTES)
+        corpus_of(config(tmp_path, path, held_out=held_out), BYTES)
     works = float(re.search(r"data\.held_out=([0-9.]+) leaves", str(refusal.value))[1])
-    corpus = prepare(config(tmp_path, path, held_out=works), BYTES)
+    corpus = corpus_of(config(tmp_path, path, held_out=works), BYTES)
     assert len(documents(corpus, corpus.train)) + len(documents(corpus, corpus.held_out)) == 3
 
 
 def test_a_single_document_is_refused_as_it_cannot_be_split(tmp_path):
     for texts in (["only"], ["only", "only"]):
         with pytest.raises(DataError, match="a single text cannot be split"):
-            prepare(config(tmp_path, texts_file(tmp_path, texts), held_out=0.5), BYTES)
+            corpus_of(config(tmp_path, texts_file(tmp_path, texts), held_out=0.5), BYTES)
 
 
 def test_a_corpus_of_rejects_is_refused_with_their_names(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text("{\n")
     with pytest.raises(DataError, match=rf"holds no document: 1 record rejected: 1 not JSON; such as {path}:1: not JSON"):
-        prepare(config(tmp_path, path), BYTES)
+        corpus_of(config(tmp_path, path), BYTES)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match=r"holds no document$"):
-        prepare(config(tmp_path, tmp_path / "empty.jsonl"), BYTES)
+        corpus_of(config(tmp_path, tmp_path / "empty.jsonl"), BYTES)
 
 
 def test_a_side_shorter_than_a_row_is_refused_and_a_shorter_row_then_works(tmp_path):
     path = texts_file(tmp_path, some_texts(20))
+    data = config(tmp_path, path, held_out=0.3)
+    corpus = corpus_of(data, BYTES)
     with pytest.raises(DataError, match=r"= 5000: a row takes 5001 tokens, and the train documents have 286; .* at most 285$"):
-        prepare(config(tmp_path, path, held_out=0.3, sequence_length=5000), BYTES)
+        rows_of(corpus, "train", data, 5000)
     with pytest.raises(DataError, match=r"the held_out documents have \d+; use .* or a larger data\.held_out"):
-        prepare(config(tmp_path, path, held_out=0.3, sequence_length=200), BYTES)
-    assert prepare(config(tmp_path, path, held_out=0.3, sequence_length=20), BYTES).held_out.num_tokens > 20
+        rows_of(corpus, "held_out", data, 200)
+    assert len(rows_of(corpus, "held_out", data, 20)) > 0
 
 
 # --------------------------------------------------------------------------------------------------------- cache
@@ -329,7 +334,7 @@ def test_a_side_shorter_than_a_row_is_refused_and_a_shorter_row_then_works(tmp_p
 
 def test_a_second_preparation_neither_trains_nor_tokenises(tmp_path, monkeypatch):
     path = texts_file(tmp_path, [*some_texts(50), ""])
-    first = prepare(config(tmp_path, path, held_out=0.3), 280)
+    first = corpus_of(config(tmp_path, path, held_out=0.3), 280)
 
     def refuse(*_):
         raise AssertionError("made anew")
@@ -337,7 +342,7 @@ def test_a_second_preparation_neither_trains_nor_tokenises(tmp_path, monkeypatch
     monkeypatch.setattr("lumina.tokenizer.train_bpe", refuse)
     monkeypatch.setattr(ShardWriter, "write", refuse)
     lines = []
-    second = prepare(config(tmp_path, path, held_out=0.3, sequence_length=16), 280, lines.append)
+    second = corpus_of(config(tmp_path, path, held_out=0.3, sequence_length=16), 280, lines.append)
     assert second.path == first.path
     assert second.fingerprint == first.fingerprint
     assert lines == [f"{path}: 1 record rejected: 1 empty text; such as {path}:51: empty text"]
@@ -347,13 +352,13 @@ def test_whatever_decides_the_tokens_decides_the_directory(tmp_path):
     path = texts_file(tmp_path, some_texts(50))
     more = texts_file(tmp_path, some_texts(51), "more.jsonl")
     train_bpe(some_texts(9), 265).save(tmp_path / "mine")
-    base = prepare(config(tmp_path, path, held_out=0.3), BYTES)
+    base = corpus_of(config(tmp_path, path, held_out=0.3), BYTES)
     others = [
-        prepare(config(tmp_path, more, held_out=0.3), BYTES),
-        prepare(config(tmp_path, path, held_out=0.31), BYTES),
-        prepare(config(tmp_path, path, held_out=0.3), 270),
-        prepare(config(tmp_path, path, held_out=0.3, text_field="text"), BYTES),
-        prepare(config(tmp_path, path, held_out=0.3, tokenizer=str(tmp_path / "mine")), 270),
+        corpus_of(config(tmp_path, more, held_out=0.3), BYTES),
+        corpus_of(config(tmp_path, path, held_out=0.31), BYTES),
+        corpus_of(config(tmp_path, path, held_out=0.3), 270),
+        corpus_of(config(tmp_path, path, held_out=0.3, text_field="text"), BYTES),
+        corpus_of(config(tmp_path, path, held_out=0.3, tokenizer=str(tmp_path / "mine")), 270),
     ]
     assert len({corpus.path for corpus in [base, *others]}) == 6
 
@@ -361,16 +366,16 @@ def test_whatever_decides_the_tokens_decides_the_directory(tmp_path):
 def test_the_same_text_elsewhere_is_found_in_the_cache(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     paths = [texts_file(directory, some_texts(50)) for directory in (tmp_path, tmp_path / "elsewhere")]
-    one, two = (prepare(config(tmp_path, path, held_out=0.3), BYTES) for path in paths)
+    one, two = (corpus_of(config(tmp_path, path, held_out=0.3), BYTES) for path in paths)
     assert one.path == two.path
 
 
 def test_a_corpus_has_the_fingerprint_of_its_tokens_however_they_are_stored(tmp_path, monkeypatch):
     path = texts_file(tmp_path, some_texts(50))
-    one = prepare(config(tmp_path, path, held_out=0.3, cache_dir=str(tmp_path / "one")), BYTES)
+    one = corpus_of(config(tmp_path, path, held_out=0.3, cache_dir=str(tmp_path / "one")), BYTES)
     monkeypatch.setattr(shards, "RECORD_TOKENS", 64)
-    two = prepare(config(tmp_path, path, held_out=0.3, cache_dir=str(tmp_path / "two")), BYTES)
-    three = prepare(config(tmp_path, path, held_out=0.4), BYTES)
+    two = corpus_of(config(tmp_path, path, held_out=0.3, cache_dir=str(tmp_path / "two")), BYTES)
+    three = corpus_of(config(tmp_path, path, held_out=0.4), BYTES)
     assert one.fingerprint == two.fingerprint != three.fingerprint
 
 
@@ -382,9 +387,9 @@ def test_an_interruption_leaves_no_half_cache(tmp_path, monkeypatch, error):
     with monkeypatch.context() as patch:
         patch.setattr(ShardWriter, "finish", interrupt)
         with pytest.raises(error):
-            prepare(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
+            corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
     assert all(path.name.startswith("tokenizer-") for path in (tmp_path / "cache").iterdir())
-    prepare(config(tmp_path, tmp_path / "texts.jsonl", held_out=0.3), BYTES)
+    corpus_of(config(tmp_path, tmp_path / "texts.jsonl", held_out=0.3), BYTES)
 
 
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_not(tmp_path, monkeypatch):
@@ -395,7 +400,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     fcntl.flock(held, fcntl.LOCK_EX)
     now = time.time()
     monkeypatch.setattr("lumina.data.time.time", lambda: now + 120)
-    prepare(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
+    corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
     assert living.is_dir()
     assert not dead.exists()
     os.close(held)
@@ -407,11 +412,11 @@ def test_the_slower_of_two_processes_takes_what_the_faster_made(tmp_path):
 
     def overtake(line):
         if ": 50 documents" in line and not faster:
-            faster.append(prepare(data, BYTES, lambda line: None))
+            faster.append(corpus_of(data, BYTES, lambda line: None))
             with (faster[0].path / "manifest.json").open("a") as manifest:
                 manifest.write("\n\n")  # to tell the two apart
 
-    slower = prepare(data, BYTES, overtake)
+    slower = corpus_of(data, BYTES, overtake)
     assert slower.path == faster[0].path
     assert [path for path in (tmp_path / "cache").iterdir() if not path.name.startswith("tokenizer-")] == [slower.path]
     assert (slower.path / "manifest.json").read_text().endswith("\n\n")
@@ -424,7 +429,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
         texts_file(tmp_path, some_texts(51))
 
     with pytest.raises(DataError, match="changed while it was being read"):
-        prepare(config(tmp_path, path, held_out=0.3), BYTES, change)
+        corpus_of(config(tmp_path, path, held_out=0.3), BYTES, change)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -433,27 +438,27 @@ def test_a_cache_that_cannot_be_written_is_refused_before_the_work(tmp_path, mon
     monkeypatch.setattr("lumina.tokenizer.train_bpe", lambda *_: pytest.fail("worked first"))
     data = config(tmp_path, texts_file(tmp_path, some_texts(50)), cache_dir=str(tmp_path / "file" / "cache"))
     with pytest.raises(UsageError, match=r"file/cache.*cannot be written .*set data\.cache_dir or LUMINA_CACHE"):
-        prepare(data, BYTES)
+        corpus_of(data, BYTES)
 
 
 def test_the_cache_is_where_the_environment_says_unless_the_config_does(tmp_path, monkeypatch):
     monkeypatch.setenv("LUMINA_CACHE", str(tmp_path / "environment"))
     path = texts_file(tmp_path, some_texts(50))
-    assert prepare(config(tmp_path, path, held_out=0.3, cache_dir=""), BYTES).path.parent == tmp_path / "environment"
-    assert prepare(config(tmp_path, path, held_out=0.3), BYTES).path.parent == tmp_path / "cache"
+    assert corpus_of(config(tmp_path, path, held_out=0.3, cache_dir=""), BYTES).path.parent == tmp_path / "environment"
+    assert corpus_of(config(tmp_path, path, held_out=0.3), BYTES).path.parent == tmp_path / "cache"
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]"])
 def test_a_damaged_manifest_is_refused_by_name(tmp_path, content):
     data = config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3)
-    (prepare(data, BYTES).path / "manifest.json").write_text(content)
+    (corpus_of(data, BYTES).path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=r"manifest\.json: cannot be read as a manifest .* delete .* made again"):
-        prepare(data, BYTES)
+        corpus_of(data, BYTES)
 
 
 def test_a_swapped_tokenizer_is_refused(tmp_path):
     data = config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3)
-    corpus = prepare(data, 280)
+    corpus = corpus_of(data, 280)
     train_bpe(some_texts(9), 262).save(corpus.path / "tokenizer")
     with pytest.raises(DataError, match="its tokens were made with tokenizer"):
         open_corpus(corpus.path)
@@ -461,6 +466,6 @@ def test_a_swapped_tokenizer_is_refused(tmp_path):
 
 def test_progress_tells_of_documents_and_rate(tmp_path):
     lines = []
-    prepare(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES, lines.append)
+    corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES, lines.append)
     assert lines[0] == "training a tokenizer of 262 ids on 0.0 MB"
     assert re.search(r": 50 documents, 0\.0 MB, of which \d+ held out", lines[-1])

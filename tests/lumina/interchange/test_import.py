@@ -14,7 +14,7 @@ from lumina import cli
 from lumina.config import load
 from lumina.errors import CheckpointError, ConfigError, DataError, UsageError
 from lumina.interchange import exporting, importing, state
-from lumina.tokenizer import load_tokenizer
+from lumina.tokenizer_files import load_tokenizer
 from tests.lumina.interchange.families import FAMILIES, model_config, write
 from tests.lumina.interchange.oracle import logits_TV
 from tests.lumina.interchange.runs import T, V, run_of, tokenizer

@@ -15,7 +15,8 @@ from lumina.data import held_out_texts
 from lumina.data.records import Turn
 from lumina.errors import DataError
 from lumina.interchange import tokenizer_json
-from lumina.tokenizer import _PATTERNS, CONTROL_TOKENS, load_tokenizer, train_bpe
+from lumina.tokenizer import CONTROL_TOKENS, train_bpe
+from lumina.tokenizer_files import PATTERNS, load_tokenizer
 
 # What the patterns tell apart, and what engines differ over: line ends, contractions and their odd cases, marks, new scripts.
 PARTS = [
@@ -94,11 +95,11 @@ def rendered(tokenizer, messages, prompted=False, template="lumina"):
 
 def with_pattern(directory, bpe, name, extra=()):
     """The same ranks, cut by another pattern, as `gpt2` and `o200k_base` are, whose files are not on every machine."""
-    from lumina.tokenizer import _BPE
+    from lumina.tokenizer import BPE
 
     bpe.save(directory)
     ranks = json.loads((directory / "lumina_tokenizer.json").read_text())["ranks"]
-    return _BPE(name, _PATTERNS[name], [rank.encode("latin-1") for rank in ranks], extra)
+    return BPE(name, PATTERNS[name], [rank.encode("latin-1") for rank in ranks], extra)
 
 
 def as_text(theirs, text):

@@ -451,7 +451,7 @@ def test_a_prepared_directory_in_another_template_is_refused_and_its_own_split_i
     prepare(tmp_path / "out", write(tmp_path / "a.jsonl", map(conversation, range(80))), template="chat")
     data = DataConfig(source=str(tmp_path / "out"), held_out=0.1)
     with pytest.raises(ConfigError, match=r"data\.template = 'lumina': .*out was prepared with chat"):
-        prepare_all([data.source], data, VOCABULARY)
+        prepare_all([data.source], data, VOCABULARY, lambda line: None)
     said = []
     (corpus,) = prepare_all([data.source], replace(data, template="chat", held_out=0.5), VOCABULARY, said.append)
     assert corpus.kind == "conversation"

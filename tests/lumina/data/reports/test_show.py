@@ -8,7 +8,8 @@ from lumina import cli
 from lumina.conversation import TEMPLATES, parse, render
 from lumina.data.records import Turn
 from lumina.errors import ConfigError, UsageError
-from lumina.tokenizer import load_tokenizer, train_bpe
+from lumina.tokenizer import train_bpe
+from lumina.tokenizer_files import load_tokenizer
 
 RECORDS = [
     {"messages": [{"role": "human", "content": "What is\n2 + 2?"}, {"role": "gpt", "content": "4 é\x1b[2J"}]},

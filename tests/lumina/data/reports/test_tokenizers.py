@@ -15,7 +15,8 @@ from lumina.data.records import place
 from lumina.data.reports import tokenizers
 from lumina.data.reports.tokenizers import HeldOut, compare, frequent_bpe, measured, train, train_sentencepiece
 from lumina.errors import ConfigError, DataError, UsageError
-from lumina.tokenizer import CONTROL_TOKENS, GPT4_PATTERN, load_tokenizer, train_bpe
+from lumina.tokenizer import CONTROL_TOKENS, GPT4_PATTERN, train_bpe
+from lumina.tokenizer_files import load_tokenizer
 
 STORY = "the boats came back with the morning and nobody had counted them before they were tied to the old pier again"
 WORDS = STORY.split(" ")
@@ -189,7 +190,7 @@ def test_well_known_tokenizers_at_hand_are_compared(monkeypatch):
             raise DataError(f"{name}: missing")
         return other
 
-    monkeypatch.setattr("lumina.tokenizer.load_tokenizer", load)
+    monkeypatch.setattr("lumina.tokenizer_files.load_tokenizer", load)
     rows, missing = compare(train_bpe(TEXTS, 300), TEXTS)
     assert [row["name"] for row in rows] == ["bpe-300", "bpe-290"]
     assert rows[1] == measured(other, TEXTS)
