@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
 from lumina.data.preparing import engines, merge
 from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
-from lumina.data.reading.readers import Plan, plan
+from lumina.data.reading.readers import Plan, plan, text_bytes
 from lumina.data.reading.trees import PASSED_OVER
 from lumina.data.recipe import Recipe
 from lumina.data.shards import token_dtype
@@ -27,7 +27,6 @@ WORK = "work"  # in a directory that is being prepared: what is done so far
 REJECTS = "rejects.jsonl"
 SHARDS = f"{WORK}-shards"  # beside it: the shards of a merge that is not over
 SAY_SECONDS = 2.0
-EXPANSION = 5  # text over the bytes of a compressed file, as long as nobody has looked
 
 Say = Callable[[str], None]
 
@@ -169,21 +168,21 @@ def train_tokenizer(
     """
     from lumina.tokenizer import train_bpe
 
-    share = training_share(orders, sample)
-    if total := sum(planned.bytes for _, planned in orders):
-        say(f"training a tokenizer of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
+    size = sum(text_bytes(planned) for _, planned in orders)
+    share = training_share(size, sample)
+    if size:
+        say(f"training a tokenizer of {vocab_size:,} ids on {share * size / 1e6:,.1f} MB")
     tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra)
     for order, planned in orders:
         require_unchanged(order, planned)
     return tokenizer
 
 
-def training_share(orders: Sequence[tuple[Order, Plan]], sample: float) -> float:
-    """The share of the documents that holds about `sample` bytes, or, where that is 0, as much as can be trained on."""
+def training_share(size: int, sample: float) -> float:
+    """The share of documents of `size` bytes that holds about `sample`, or, where that is 0, as much as can be trained on."""
     from lumina.tokenizer import MOST_TRAINING_BYTES
 
-    total = sum(unit.bytes * (EXPANSION if unit.encoding else 1) for _, planned in orders for unit in planned.units)
-    return min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(total, 1))
+    return min(1.0, min(sample or MOST_TRAINING_BYTES, 0.95 * MOST_TRAINING_BYTES) / max(size, 1))
 
 
 def training_texts(
@@ -207,7 +206,7 @@ def training_texts(
                     before, size = size, size + len(document.text.encode("utf-8"))
                     if size <= most:
                         yield document.text
-                    elif before <= most:  # compressed files expand more than was expected
+                    elif before <= most:  # files expand more than their beginnings did
                         say(f"the tokenizer learns from the first {most / 1e9:.1f} GB alone: ask for a smaller sample")
                 elif where < least and held_out:
                     held_out(document.text, where / least)

@@ -18,7 +18,7 @@ from lumina.data.reading.conversations import document
 from lumina.data.reading.finding import EMBEDDED, Found, find, readable
 from lumina.data.reading.formats import Part, about, documents, usable
 from lumina.data.reading.huggingface import PREFIX
-from lumina.data.reading.streams import shown
+from lumina.data.reading.streams import expansion, shown
 from lumina.data.reading.tables import arrow_batches, parquet_groups
 from lumina.data.recipe import Recipe
 from lumina.data.records import Document, Reject
@@ -94,6 +94,15 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
             units += _of_hub(spec, digest.update, said) if spec.startswith(PREFIX) else _embedded(spec, digest.update, said)
     units = [unit._replace(number=number) for number, unit in enumerate(units)]
     return Plan(units, digest.hexdigest(), said, sum(unit.bytes for unit in units))
+
+
+def text_bytes(planned: Plan) -> int:
+    """About how many bytes the files hold, decoded: of those that are compressed as their beginnings tell. Raises as `read`."""
+    total = 0
+    for unit in planned.units:
+        with readable(unit.name):
+            total += round(unit.bytes * expansion(unit.paths, unit.encoding)) if unit.encoding else unit.bytes
+    return total
 
 
 def read(unit: Unit, recipe: Recipe) -> Iterator[Document | Reject]:

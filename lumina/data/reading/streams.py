@@ -3,7 +3,7 @@
 import codecs
 import io
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
@@ -13,6 +13,7 @@ SAMPLE_CHARACTERS = 80
 BUFFER_BYTES = 2**20
 # What is decompressed at once. gz makes at most 1 MiB of it and zst 32 MiB, so that a bomb costs no more memory than that.
 FEED_BYTES = 2**10
+MEASURED_BYTES, MEASURED_TEXT = 2**20, 2**26  # of a file, as stored and decoded: what `expansion` looks at, at most
 BEGINNINGS = {
     b"\x1f\x8b": "gz",
     b"\x28\xb5\x2f\xfd": "zst",
@@ -70,6 +71,26 @@ def opened(path: str, encoding: str = "", start: int = 0) -> Iterator[Stream]:
             yield Stream(file, lambda: "")
 
 
+def expansion(paths: Iterable[str], encoding: str) -> float:
+    """Decoded bytes over stored ones, of the beginnings of the files: those of MEASURED_BYTES together, or of MEASURED_TEXT."""
+    made = stored = 0
+    for path in paths:
+        if stored >= MEASURED_BYTES or made >= MEASURED_TEXT:
+            break
+        with open(path, "rb") as file:
+            own = at = 0
+            try:
+                for piece in _pieces(file, encoding):
+                    if piece:  # a decoder may hold a block back: what it has read counts when that comes out
+                        own, at = own + len(piece), file.tell()
+                    if own and (stored + file.tell() >= MEASURED_BYTES or made + own >= MEASURED_TEXT):
+                        break
+            except _DamageError:
+                pass
+        made, stored = made + own, stored + at
+    return made / stored if stored else 1.0
+
+
 def lines(file: IO[bytes], size: int, limit: int) -> Iterator[tuple[bytes, bool]]:
     """(line with its end, whole) of the next `size` bytes, or of all where that is 0.
 
@@ -98,7 +119,7 @@ class _Decoded(io.RawIOBase):
 
     def __init__(self, file: IO[bytes], encoding: str):
         self.damage = ""
-        self._pieces = _decompressed(file, encoding) if encoding in COMPRESSIONS else _recoded(file, encoding)
+        self._pieces = _pieces(file, encoding)
         self._rest = memoryview(b"")
 
     def readable(self) -> bool:
@@ -121,6 +142,10 @@ class _Decoded(io.RawIOBase):
 
 class _DamageError(Exception):
     """Nothing more can be decoded."""
+
+
+def _pieces(file: IO[bytes], encoding: str) -> Iterator[bytes]:
+    return _decompressed(file, encoding) if encoding in COMPRESSIONS else _recoded(file, encoding)
 
 
 def _decompressed(file: IO[bytes], encoding: str) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ import numpy as np
 from lumina.conversation import named
 from lumina.data.extras import need
 from lumina.data.preparing.pipeline import Order, Say, require_unchanged, save_whole, training_share, training_texts
-from lumina.data.reading.readers import plan, spool
+from lumina.data.reading.readers import plan, spool, text_bytes
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, printable, table
@@ -112,8 +112,9 @@ def train(
     for line in orders[0][1].formats:
         say(line)
     extra, total = named(order.template).extra, orders[0][1].bytes
-    share, held_out = training_share(orders, sample), HeldOut()
-    say(f"training {kind} of {vocab_size:,} ids on {share * total / 1e6:,.1f} MB")
+    size, held_out = text_bytes(orders[0][1]), HeldOut()
+    share = training_share(size, sample)
+    say(f"training {kind} of {vocab_size:,} ids on {share * size / 1e6:,.1f} MB")
     texts = training_texts(orders, share, say, held_out.add)
     with _flag_named():
         if kind == "sentencepiece":

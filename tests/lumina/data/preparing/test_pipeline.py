@@ -1,3 +1,4 @@
+import gzip
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
 from lumina.data.preparing import merge, tokenise
 from lumina.data.preparing.directory import prepare_directory
-from lumina.data.preparing.pipeline import Order, training_texts
+from lumina.data.preparing.pipeline import Order, train_tokenizer, training_share, training_texts
 from lumina.data.reading import readers
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
@@ -467,3 +468,23 @@ def test_a_tokenizer_learns_from_what_can_be_counted_and_says_what_it_leaves(tmp
     assert 1500 < sum(map(len, texts)) <= 1900
     assert [line for line in said if "alone" in line] == said
     assert len(said) == 1
+
+
+def test_a_sample_of_compressed_files_is_of_the_text_that_they_hold(tmp_path):
+    plain = write(tmp_path / "a.jsonl", [{"text": f"{i} " + "the same words again and again " * 40} for i in range(400)])
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    (packed / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    size, said = plain.stat().st_size, []
+    assert size > 20 * (packed / "a.jsonl.gz").stat().st_size
+    learned = []
+    for source in (plain, packed):
+        order = Order((str(source),), Recipe(steps="none"), 0.1, "lumina")
+        planned = readers.plan(order.sources, order.recipe)
+        assert readers.text_bytes(planned) == pytest.approx(size, rel=0.01)
+        share = training_share(readers.text_bytes(planned), size / 4)
+        learned.append(sum(map(len, training_texts([(order, planned)], share, said.append))))
+    assert learned[0] == pytest.approx(size / 4, rel=0.3)
+    assert learned[1] == pytest.approx(learned[0], rel=0.1)
+    train_tokenizer([(order, planned)], VOCABULARY, (), size / 4, said.append)
+    assert said[-1] == f"training a tokenizer of {VOCABULARY:,} ids on {size / 4e6:,.1f} MB"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lumina.data.reading import streams
-from lumina.data.reading.streams import encoding_of, lines, opened, sample, shown
+from lumina.data.reading.streams import encoding_of, expansion, lines, opened, sample, shown
 
 COMPRESS = {
     "gz": gzip.compress,
@@ -125,3 +125,47 @@ def test_what_cannot_be_printed_is_escaped_in_one_line():
     assert shown("a\nb\x1b[31m\udcff ü") == "a\\nb\\x1b[31m\\udcff ü"
     assert sample(b"a\xff\n" + b"x" * 1000) == "a\\xff\\n" + "x" * 74
     assert sample({"a": "\n"}) == r"{'a': '\n'}"
+
+
+# -------------------------------------------------------------------------------------------------------- expansion
+
+
+def prose(lines):
+    return "".join(f"line {n} says {n * n} and {n**3 % 9973}\n" for n in range(lines)).encode()
+
+
+def test_expansion_is_that_of_the_whole_where_it_is_small(tmp_path, compression):
+    name, compress = compression, COMPRESS[compression]
+    content = prose(3000)
+    paths = []
+    for part in range(3):
+        path = tmp_path / f"{part}.{name}"
+        path.write_bytes(compress(content[: len(content) // (part + 1)]))
+        paths.append(str(path))
+    text = sum(len(content) // (part + 1) for part in range(3))
+    assert expansion(paths, name) == pytest.approx(text / sum(map(os.path.getsize, paths)), rel=0.01)
+
+
+def test_expansion_is_measured_on_a_bounded_beginning(tmp_path, compression, monkeypatch):
+    name, compress = compression, COMPRESS[compression]
+    monkeypatch.setattr(streams, "MEASURED_BYTES", 2**16)
+    path = tmp_path / f"a.{name}"
+    random = os.urandom(2**18)
+    path.write_bytes(compress(prose(60_000)) + compress(random))
+    beginning = len(prose(60_000)) / len(compress(prose(60_000)))
+    read = []
+    honest = streams._pieces
+    monkeypatch.setattr(streams, "_pieces", lambda *about: (read.append(len(piece)) or piece for piece in honest(*about)))
+    assert expansion([str(path), str(path)], name) == pytest.approx(beginning, rel=0.15)
+    assert 0 < sum(read) < len(prose(60_000))
+
+
+def test_expansion_of_what_is_damaged_recoded_or_empty(tmp_path):
+    damaged, wide, empty = (tmp_path / name for name in ("damaged.gz", "wide", "empty.gz"))
+    content = gzip.compress(prose(3000))
+    damaged.write_bytes(content[: len(content) // 2])
+    wide.write_bytes("a line\n".encode("utf-16") * 5)
+    empty.touch()
+    assert expansion([str(damaged)], "gz") == pytest.approx(len(prose(3000)) / len(content), rel=0.1)
+    assert 0.4 < expansion([str(wide)], "utf-16") < 0.8
+    assert expansion([str(empty)], "gz") == 1
