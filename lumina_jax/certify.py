@@ -114,7 +114,7 @@ def examine(
     noise_tokens = max(N, NOISE_ROWS) * T + 1
     end = tokenizer.control["<|document_end|>"]
     noise = Batches(Rows(Noise(tokenizer.vocab_size, noise_tokens), T, end), B, seed=0, shuffle=False)
-    model, blind = config.model, why_no_control(config.model, T)
+    model, blind = config.model, why_no_control(config.model, T, int(np.max(np.sum(real_NT, axis=1))))
     depth = any(kind.endswith("+mod") for kind in layer_kinds(model))
     modes = ROUTINGS if depth else {"causal": CAUSAL}
     lengths = sorted({n for n in (T // 4, T // 2, 3 * T // 4, T - 1) if 0 < n < T})
@@ -154,13 +154,13 @@ def examine(
     )
 
 
-def why_no_control(model: ModelConfig, T: int) -> str:
-    """Why top-k routing is no control for this model; empty where it sees the future."""
+def why_no_control(model: ModelConfig, T: int, most: int) -> str:
+    """Why top-k routing is no control for this model and rows of T with at most so many tokens; empty where it is one."""
     if not any(kind.endswith("+mod") for kind in layer_kinds(model)):
         return "no depth routing: control not applicable"
     if model.mod.router == "random":
         return "depth is routed at random, which looks at no token: control not applicable"
-    if capacity(T, model.mod.capacity) == T:
+    if capacity(T, model.mod.capacity) >= most:
         return "depth takes every token of a row: control not applicable"
     return ""
 
@@ -266,7 +266,7 @@ def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[
     filled_N = np.concatenate([np.sum(filled(batch), axis=1)[is_real(batch)] for batch in batches])
     points_N = 1 + np.arange(N) * (filled_N - 1) // N  # spread over all places from 1 to T - 1, of what holds text
     another = {name: np.roll(each_NT, 1, axis=0) for name, each_NT in rows_NT.items()}
-    another["segments"] = another["segments"] + T + 1
+    another["segments"] += (T + 1) * (another["segments"] >= 0)
     noise = rows_NT | {"inputs": np.random.default_rng(1).integers(0, vocab_size, (N, T), np.int32)}
     for batch in batches:
         number = int(np.sum(is_real(batch)))

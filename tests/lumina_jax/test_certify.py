@@ -224,9 +224,11 @@ def test_under_top_k_routing_the_same_measures_are_refused(found, name):
 
 
 def test_depth_that_takes_every_token_sees_no_future():
-    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 1.0}).model, T)
-    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.95}).model, T)  # rounded up
-    assert not certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.93}).model, T)
+    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 1.0}).model, T, T)
+    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.95}).model, T, T)  # rounded up
+    assert not certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.93}).model, T, T)
+    assert "every token" in certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.6}).model, T, 10)  # of packed rows
+    assert not certify.why_no_control(tiny("moe+mod", mod={"capacity": 0.6}).model, T, 11)
 
 
 def test_without_depth_routing_there_is_no_top_k_figure(found):
