@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumina.data.cleaning.duplicates import exact_key
 from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
 from lumina.data.preparing import engines, merge
 from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
@@ -27,6 +28,7 @@ WORK = "work"  # in a directory that is being prepared: what is done so far
 REJECTS = "rejects.jsonl"
 SHARDS = f"{WORK}-shards"  # beside it: the shards of a merge that is not over
 SAY_SECONDS = 2.0
+REMEMBERED = 2**20  # texts of the tokenizer's sample that are known again, at about 90 bytes each
 
 Say = Callable[[str], None]
 
@@ -190,6 +192,7 @@ def training_texts(
 ) -> Iterator[str]:
     """The texts of a share of the training documents, chosen by nothing but their text.
 
+    Where the step `exact` will leave but the first of equal documents, so does this, of those like the first REMEMBERED texts.
     `held_out` is given each text on the other side, with its place there from 0 to 1. Raises DataError, in the end, where there
     is no document, or where all are on one side of the split.
     """
@@ -199,10 +202,15 @@ def training_texts(
     meter = Meter("read for the tokenizer", sum(planned.bytes for _, planned in orders), say)
     for order, planned in orders:
         least = order.held_out
+        once, known = "exact" in order.recipe.named_steps, set[bytes]()
         for unit in planned.units:
             for document in cleaned(unit, order.recipe, account):
                 places.append(where := document.place)
                 if where >= least and (where - least) / (1 - least) <= share:
+                    if once and (key := exact_key(document)) in known:
+                        continue
+                    if once and len(known) < REMEMBERED:
+                        known.add(key)
                     before, size = size, size + len(document.text.encode("utf-8"))
                     if size <= most:
                         yield document.text

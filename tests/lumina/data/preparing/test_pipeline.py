@@ -488,3 +488,27 @@ def test_a_sample_of_compressed_files_is_of_the_text_that_they_hold(tmp_path):
     assert learned[1] == pytest.approx(learned[0], rel=0.1)
     train_tokenizer([(order, planned)], VOCABULARY, (), size / 4, said.append)
     assert said[-1] == f"training a tokenizer of {VOCABULARY:,} ids on {size / 4e6:,.1f} MB"
+
+
+def test_a_tokenizer_learns_once_from_what_the_exact_step_leaves_once(tmp_path, monkeypatch):
+    odd = [{"text": f"zqxj{n} zqxj{n} zqxj{n}"} for n in range(20)]
+    once = write(tmp_path / "once.jsonl", [*map(text, range(80)), *odd])
+    many = write(tmp_path / "many.jsonl", [*map(text, range(80)), *(100 * odd)])
+
+    def learned(source, steps):
+        order = Order((str(source),), Recipe(steps=steps), 0.1, "lumina")
+        return list(training_texts([(order, readers.plan(order.sources, order.recipe))], 1.0, lambda line: None))
+
+    assert learned(many, "exact") == learned(once, "exact") == learned(once, "none")
+    assert len(learned(many, "none")) > 10 * len(learned(once, "none"))
+    exact, none = (
+        [
+            prepare(tmp_path / f"{source.stem} {steps}", source, recipe=Recipe(steps=steps))["tokenizer"]
+            for source in (once, many)
+        ]
+        for steps in ("exact", "none")
+    )
+    assert exact[0] == exact[1] == none[0] != none[1]
+    known = len([each for each in learned(once, "none") if "zqxj" not in each]) + 5
+    monkeypatch.setattr("lumina.data.preparing.pipeline.REMEMBERED", known)
+    assert len(learned(many, "exact")) == known + 100 * (len(learned(once, "none")) - known)
