@@ -1,11 +1,9 @@
 """`lumina runs`: the commands that list, show, verify, compare and prune runs, and what they print."""
 
 import argparse
-import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,20 +12,18 @@ from typing import Any
 from lumina.architecture import counts
 from lumina.errors import CheckpointError, ConfigError, LuminaError, UsageError
 from lumina.runs import library
-from lumina.runs.console import printable, table
-from lumina.runs.directory import MAY_CHANGE, RunDirectory
-from lumina.runs.journal import finite
-from lumina.runs.ledger import LedgerVerdict, compare_ledgers, spans
+from lumina.runs.compare_runs import compare
+from lumina.runs.console import table
+from lumina.runs.directory import RunDirectory
 from lumina.runs.lock import RunLock
+from lumina.runs.printed import clean, columns, decimal, print_json, say
 from lumina.runs.steps import Steps
 from lumina.runs.units import gib, si
 from lumina.stages import sources
 
 LEAST_KEPT = 2  # lest one be damaged
 SHOWN_EVENTS = 10
-COMPARED_STEPS = 10
 LONG_TO_READ = 1 << 30  # bytes; `verify` tells of a checkpoint this large before it begins to read it
-BARS = "▁▂▃▄▅▆▇█"
 
 
 def add(runs: argparse.ArgumentParser) -> None:
@@ -49,7 +45,7 @@ def add(runs: argparse.ArgumentParser) -> None:
     listing.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=library.LIBRARY, help="default: runs")
     command("show", _show, "one run: config, state, checkpoints, last events", "RUN")
     command("verify", _verify, "read every byte of every checkpoint, the ledger and the metrics; exit 5 if any is wrong", "RUN")
-    command("compare", _compare, "two runs: their configs, whether they are the same bit for bit, their losses", "A", "B")
+    command("compare", compare, "two runs: their configs, whether they are the same bit for bit, their losses", "A", "B")
     prune = command("prune", _prune, "delete old checkpoints: not the newest, the best, pinned ones", "RUN")
     prune.add_argument("--keep", type=int, metavar="N", help="newest whole checkpoints to keep (default: checkpoint.keep)")
     prune.add_argument("--dry-run", action="store_true", help="only tell what would go")
@@ -67,11 +63,11 @@ def _told(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Names
         try:
             act(arguments)
         except LuminaError as error:
-            raise type(error)(_clean(str(error))) from error
+            raise type(error)(clean(str(error))) from error
         except BrokenPipeError:  # not about a path; exit_with knows what to do
             raise
         except OSError as error:
-            raise UsageError(_clean(f"{error.filename}: {error.strerror}; see to it that you may read and write it")) from error
+            raise UsageError(clean(f"{error.filename}: {error.strerror}; see to it that you may read and write it")) from error
 
     return run
 
@@ -87,12 +83,12 @@ def _list(arguments: argparse.Namespace) -> None:
         except OSError as error:  # one run that cannot be read does not hide the others
             found.append(library.Summary(run.path.name, str(run.path), "broken", f"cannot be read: {error.strerror}"))
     if arguments.json:
-        _print_json({"directory": str(arguments.directory), "runs": [_plain(each) for each in found]})
+        print_json({"directory": str(arguments.directory), "runs": [_plain(each) for each in found]})
     elif not found:
-        _say(f"no runs in {arguments.directory}")
+        say(f"no runs in {arguments.directory}")
     else:
         header = ["run", "step", "train loss", "held-out bits/byte", "best step", "checkpoints", "size", "last change", "state"]
-        _table([header, *(_line(each) for each in found)], words=(0, len(header) - 1))
+        columns([header, *(_line(each) for each in found)], words=(0, len(header) - 1))
 
 
 def _line(each: library.Summary) -> list[str]:
@@ -102,7 +98,7 @@ def _line(each: library.Summary) -> list[str]:
     steps = "?" if each.steps is None else each.steps
     kept = str(len(each.checkpoints)) + (f", newest {each.checkpoints[-1]}" if each.checkpoints else "")
     best = "-" if each.best_step is None else str(each.best_step)
-    loss, bits = _decimal(each.loss), _decimal(each.bits_per_byte)
+    loss, bits = decimal(each.loss), decimal(each.bits_per_byte)
     return [each.name, f"{each.step}/{steps}", loss, bits, best, kept, _size(each.bytes), _local(each.changed), state]
 
 
@@ -121,7 +117,7 @@ def _show(arguments: argparse.Namespace) -> None:
     if arguments.json:
         shown = {"config": config, "checkpoints": checkpoints, "set_aside": aside, "leftovers": rests, "damaged_lines": damaged}
         last = {"events": events.records[-SHOWN_EVENTS:], "result": library.read_json(run.result)}
-        _print_json({**_plain(about), **shown, **last})
+        print_json({**_plain(about), **shown, **last})
         return
     rows = [("run", str(run.path)), ("state", about.state + (f" ({about.why})" if about.why else ""))]
     if "error" in config:
@@ -130,7 +126,7 @@ def _show(arguments: argparse.Namespace) -> None:
         rows.append(("parameters", f"{si(config['mean_active'])} mean active, {si(config['parameters'])} total"))
         rows.append(("data", f"{config['source']}, tokenizer {config['tokenizer']}"))
     rows.append(("steps", f"{about.step:,} of {'?' if about.steps is None else f'{about.steps:,}'}"))
-    rows.append(("last losses", f"train {_decimal(about.loss)}, held out {_decimal(about.bits_per_byte)} bits/byte"))
+    rows.append(("last losses", f"train {decimal(about.loss)}, held out {decimal(about.bits_per_byte)} bits/byte"))
     rows.append(("size", f"{_size(about.bytes)}, last change {_local(about.changed)}"))
     for each in checkpoints:
         flags = [flag for flag in ("best", "pinned") if each[flag]] + [f"BROKEN: {fault}" for fault in each["faults"][:3]]
@@ -139,8 +135,8 @@ def _show(arguments: argparse.Namespace) -> None:
     rows += [("leftover", f"checkpoints/{name}, half written or half deleted") for name in rests]
     rows += [("damaged", f"{name}: {count} lines are no JSON") for name, count in damaged.items()]
     rows += [("event", _event(record)) for record in events.records[-SHOWN_EVENTS:]]
-    for line in table([(_clean(name), _clean(value)) for name, value in rows]).split("\n"):
-        _say(line)
+    for line in table([(clean(name), clean(value)) for name, value in rows]).split("\n"):
+        say(line)
 
 
 def _config(run: RunDirectory) -> dict[str, Any]:
@@ -173,7 +169,7 @@ def _event(record: dict[str, Any]) -> str:
     return f"{str(record.get('time'))[:19]}  {'; '.join(says)}"
 
 
-# ------------------------------------------------------------------------------------------------- verify and compare
+# ----------------------------------------------------------------------------------------------------------- verify
 
 
 def _verify(arguments: argparse.Namespace) -> None:
@@ -185,119 +181,13 @@ def _verify(arguments: argparse.Namespace) -> None:
     for finding in library.verify(run, begins):
         found.append(finding)
         if not arguments.json:
-            _say(f"{'well ' if finding.well else 'WRONG'}  {finding.what}: {finding.says}")
+            say(f"{'well ' if finding.well else 'WRONG'}  {finding.what}: {finding.says}")
     wrong = [finding for finding in found if not finding.well]
     if arguments.json:
-        _print_json({"run": str(run.path), "well": not wrong, "findings": [finding._asdict() for finding in found]})
+        print_json({"run": str(run.path), "well": not wrong, "findings": [finding._asdict() for finding in found]})
     if wrong:
-        names = ", ".join(dict.fromkeys(_clean(finding.what) for finding in wrong))
+        names = ", ".join(dict.fromkeys(clean(finding.what) for finding in wrong))
         raise CheckpointError(f"{run.path}: {len(wrong)} of {len(found)} checks failed: {names}")
-
-
-def _compare(arguments: argparse.Namespace) -> None:
-    runs = [library.find(arguments.a_name), library.find(arguments.b_name)]
-    configs = _config_difference(*runs)
-    data = [(library.read_json(run.data) or {}).get("fingerprint") for run in runs]
-    ledgers, metrics = [library.read_lines(run.ledger) for run in runs], [library.read_lines(run.metrics) for run in runs]
-    verdict = compare_ledgers(ledgers[0].records, ledgers[1].records)
-    files = [(run.ledger, lines) for run, lines in zip(runs, ledgers, strict=True)]
-    files += [(run.metrics, lines) for run, lines in zip(runs, metrics, strict=True)]
-    damaged = {str(path): len(lines.damaged) + lines.half for path, lines in files if lines.damaged or lines.half}
-    curves = {kind: [_logged(lines.records, kind) for lines in metrics] for kind in ("train", "eval")}
-    losses = {kind: _side_by_side(*each) for kind, each in curves.items()}
-    if arguments.json:
-        ledger = {**verdict._asdict(), "a": verdict.a._asdict(), "b": verdict.b._asdict()}
-        ledger |= {"agree": verdict.agree, "identical": verdict.identical}
-        paths = {"a": str(runs[0].path), "b": str(runs[1].path)}
-        _print_json({**paths, "config": configs, "data": data, "ledger": ledger, "damaged": damaged, "losses": losses})
-        return
-    for name, run in zip("ab", runs, strict=True):
-        _say(f"{name}: {run.path}")
-    _say("config: " + (f"differs in {len(configs)} field{'s' * (len(configs) > 1)}" if configs else "the same"))
-    for each in configs:
-        _say(f"  {each['field']}: {each['a']!r} / {each['b']!r}" + ("" if each["decides"] else " (may change)"))
-    _say("data: " + ("the same" if data[0] == data[1] else " / ".join(str(fingerprint)[:12] for fingerprint in data)))
-    for line in _verdict(verdict):
-        _say(line)
-    for path, count in damaged.items():
-        _say(f"{path}: {count} lines are damaged, and left out")
-    for kind, what in (("train", "train"), ("eval", "held out")):
-        if losses[kind]:
-            rows = [[str(each["step"]), *(_decimal(each[key]) for key in list(each)[1:])] for each in losses[kind]]
-            print()
-            _table([[what, "loss a", "loss b", "bits/byte a", "bits/byte b"], *rows])
-    for name, line in zip("ab", _sparklines(*curves["train"]), strict=False):
-        _say(f"train loss of {name}  {line}")
-
-
-def _config_difference(a: RunDirectory, b: RunDirectory) -> list[dict[str, Any]]:
-    """The fields in which two runs' configs differ, and whether each decides numbers. Raises ConfigError."""
-    flat = []
-    for run in (a, b):
-        if (values := library.read_json(run.config)) is None:
-            raise ConfigError(f"{run.config}: cannot be read as a config; compare runs whose config.json is whole")
-        flat.append(dict(_fields(values)))
-    values_of = {name: [each.get(name, "no such field") for each in flat] for name in dict.fromkeys([*flat[0], *flat[1]])}
-    return [
-        {"field": name, "a": one, "b": other, "decides": not name.startswith(MAY_CHANGE)}
-        for name, (one, other) in values_of.items()
-        if one != other
-    ]
-
-
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def _verdict(verdict: LedgerVerdict) -> list[str]:
-    a, b = verdict.a, verdict.b
-    if verdict.identical:
-        return [f"ledger: identical, all {verdict.common:,} steps, bit for bit; parameters too, at {verdict.digests} of them"]
-    lines = [f"ledger: a to step {a.last:,}, b to {b.last:,}; {verdict.common:,} in both, the same to {verdict.same_until:,}"]
-    found = {"rows": verdict.rows, "loss bits": verdict.loss, "updates": verdict.update, "parameters": verdict.parameters}
-    differ = {what: steps for what, steps in found.items() if steps}
-    lines += [f"  {what} differ first at step {steps[0]}, in all at {spans(steps)}" for what, steps in differ.items()]
-    if verdict.common and not differ:
-        lines.append(f"  nothing differs in the steps that both have; parameters compared at {verdict.digests}")
-    return lines + [f"  {name} {wrong}" for name, state in (("a", a), ("b", b)) for wrong in state.wrong()]
-
-
-def _logged(records: list[dict[str, Any]], kind: str) -> dict[int, dict[str, Any]]:
-    """Records of a kind, by step; a loss in them may be null, as it was not finite."""
-    ours = [record for record in records if record.get("kind") == kind and "loss" in record]
-    return {step: record for record in ours if (step := library.integer(record.get("step"))) is not None}
-
-
-def _side_by_side(a: dict[int, dict[str, Any]], b: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both at some COMPARED_STEPS of the steps that both logged."""
-    common = sorted(a.keys() & b.keys())
-    chosen = {round(i * (len(common) - 1) / (COMPARED_STEPS - 1)) for i in range(COMPARED_STEPS)} if common else set()
-    sides = [(f"{name}_{side}", name, run) for name in ("loss", "bits_per_byte") for side, run in (("a", a), ("b", b))]
-    return [
-        {"step": step, **{key: library.number(run[step].get(name)) for key, name, run in sides}}
-        for step in (common[i] for i in sorted(chosen))
-    ]
-
-
-def _sparklines(*curves: dict[int, dict[str, Any]], widest: int = 60) -> list[str]:
-    """A bar for each part of the steps, on one scale; nothing when there is no line to draw."""
-    points = [{step: library.number(record["loss"]) for step, record in curve.items()} for curve in curves]
-    finite = [{step: loss for step, loss in each.items() if loss is not None and math.isfinite(loss)} for each in points]
-    every, last = [loss for each in finite for loss in each.values()], max([1, *(step for each in finite for step in each)])
-    if not all(finite) or max(every) == min(every):
-        return []
-    lines, width = [], min(widest, *map(len, finite))
-    for each in finite:
-        parts: list[list[float]] = [[] for _ in range(width)]
-        for step, loss in each.items():
-            parts[min(width - 1, max(0, step - 1) * width // last)].append(loss)
-        heights = [(sum(part) / len(part) - min(every)) / (max(every) - min(every)) if part else None for part in parts]
-        lines.append("".join(" " if height is None else BARS[round(height * (len(BARS) - 1))] for height in heights))
-    return lines
 
 
 # --------------------------------------------------------------------------------------------------------- retention
@@ -315,18 +205,18 @@ def _prune(arguments: argparse.Namespace) -> None:
         if lock:
             lock.release()
     if arguments.json:
-        _print_json({"run": str(run.path), "dry_run": dry, **done})
+        print_json({"run": str(run.path), "dry_run": dry, **done})
         return
     would = "would be " if dry else ""
     for step in done["deleted"]:
-        _say(f"checkpoint {step} {would}deleted")
+        say(f"checkpoint {step} {would}deleted")
     for name in done["leftovers"]:
-        _say(f"leftover {name} {would}removed")
+        say(f"leftover {name} {would}removed")
     why = {done["best_step"]: " (best)"} | dict.fromkeys(done["pinned"], " (pinned)")
     stay = ", ".join(f"{step}{why.get(step, '')}" for step in done["stay"]) or "none"
-    _say(f"{_size(done['freed_bytes'])} {would}freed; checkpoints that stay: {stay}")
+    say(f"{_size(done['freed_bytes'])} {would}freed; checkpoints that stay: {stay}")
     for name in done["set_aside"]:
-        _say(f"{name} was set aside as broken and stays; remove it when you have looked at it")
+        say(f"{name} was set aside as broken and stays; remove it when you have looked at it")
 
 
 def prune(run: RunDirectory, keep: int, keep_every: int, dry: bool) -> dict[str, Any]:
@@ -364,9 +254,9 @@ def _pin(arguments: argparse.Namespace) -> None:
         pinned = ", ".join(map(str, sorted(steps.pinned()))) or "none"
         raise CheckpointError(f"{run.checkpoints}: step {step} is not pinned; there are {pinned}")
     if arguments.json:
-        _print_json({"run": str(run.path), "step": step, "pinned": sorted(steps.pinned())})
+        print_json({"run": str(run.path), "step": step, "pinned": sorted(steps.pinned())})
     else:
-        _say(f"checkpoint {step} {'stays' if step in steps.pinned() else 'may go as others do'}")
+        say(f"checkpoint {step} {'stays' if step in steps.pinned() else 'may go as others do'}")
 
 
 def _restore(arguments: argparse.Namespace) -> None:
@@ -374,39 +264,12 @@ def _restore(arguments: argparse.Namespace) -> None:
 
     step = restore(arguments.backup, arguments.out, os.environ.get(PASSPHRASE))
     if arguments.json:
-        _print_json({"run": str(arguments.out), "step": step})
+        print_json({"run": str(arguments.out), "step": step})
     else:
-        _say(f"{arguments.out} is the run at step {step}, every file checked; it is its own --config and --workdir")
+        say(f"{arguments.out} is the run at step {step}, every file checked; it is its own --config and --workdir")
 
 
 # ---------------------------------------------------------------------------------------------------------- printing
-
-
-def _clean(text: str) -> str:
-    """What may come from a file, on one line, without control characters or what the terminal cannot show."""
-    encoding = sys.stdout.encoding or "utf-8"
-    return printable(text.replace("\n", "\\n").replace("\t", "\\t")).encode(encoding, "backslashreplace").decode(encoding)
-
-
-def _say(text: str) -> None:
-    print(_clean(text))
-
-
-def _table(rows: list[list[str]], words: tuple[int, ...] = (0,)) -> None:
-    """Aligned columns; the columns of `words` to the left, numbers to the right."""
-    rows = [[_clean(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = enumerate(zip(row, widths, strict=True))
-        print("  ".join(cell.ljust(width) if i in words else cell.rjust(width) for i, (cell, width) in cells).rstrip())
-
-
-def _print_json(values: Any) -> None:
-    print(json.dumps(finite(values), indent=2))
-
-
-def _decimal(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _size(count: int) -> str:
