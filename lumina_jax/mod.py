@@ -20,10 +20,15 @@ from lumina_jax.gather import inverse_index
 from lumina_jax.sharding import ALONE, Axes
 
 
-def select_top(logit_BT, count: int):
-    """Positions [B, C] of the `count` highest of each row, in temporal order; ties choose the earlier position."""
-    _, index_BC = jax.lax.top_k(logit_BT, count)
-    return jnp.sort(index_BC, axis=1).astype(jnp.int32)
+def select_top(wish_BT, count: int):
+    """Positions [B, C] of the `count` highest of each row, in temporal order; ties choose the earlier position.
+
+    Where the wish is -inf nothing is selected: a row that has fewer others has -1 after them.
+    """
+    T = wish_BT.shape[1]
+    wish_BC, index_BC = jax.lax.top_k(wish_BT, count)
+    index_BC = jnp.sort(jnp.where(wish_BC == -jnp.inf, T, index_BC), axis=1)
+    return jnp.where(index_BC < T, index_BC, -1).astype(jnp.int32)
 
 
 class Selection(NamedTuple):
@@ -32,16 +37,17 @@ class Selection(NamedTuple):
     row: Row
     taken_BT: jax.Array  # bool
     gate_BT: jax.Array  # in at least float32
-    index_BC: jax.Array | None = None  # positions of a fixed number of tokens, in temporal order; None: any number
+    # Positions of a fixed number of tokens, in temporal order, -1 after them where a row has fewer; None: any number
+    index_BC: jax.Array | None = None
     slot_BT: jax.Array | None = None  # the inverse: place of a token among the selected, -1 when it is not
 
     def run(self, inner: Callable[..., tuple[Any, Any, Any]], x_BTD, *others, cache: Any = None, axes: Axes = ALONE):
         """(gate * f(x) at the tokens that take the layer and zero elsewhere [B, T, D], metrics, cache).
 
         `inner(row, x [B, N, D], *others [B, N], taken)` returns (f(x), metrics, cache); x is a device's part of `row`, the
-        others are whole. When a fixed number is selected it is given a row of those alone, with taken None: what is skipped
-        is not computed. Otherwise it is given all, with taken [B, N], or not called at all when no row has any; then `cache`
-        stays as it is.
+        others are whole. When a fixed number is selected it is given a row of those alone: what is skipped is not computed.
+        Otherwise it is given all, or not called at all when no row has any; then `cache` stays as it is. Of either, taken
+        [B, N] has those that count.
         """
         row = self.row
         if self.index_BC is None or self.slot_BT is None:
@@ -60,10 +66,11 @@ class Selection(NamedTuple):
         to_BT = selected_row.address(row.own(self.slot_BT, -1))
         with jax.named_scope("select"):
             x_BCD = ring_take(x_BTD, from_BC, to_BT[:, :, None], row.n)
-            selected = [jnp.take_along_axis(other_BT, self.index_BC, axis=1) for other_BT in others]
-        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, None)
+            place_BC = jnp.maximum(self.index_BC, 0)
+            selected = [jnp.take_along_axis(other_BT, place_BC, axis=1) for other_BT in others]
+        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, self.index_BC >= 0)
         with jax.named_scope("scatter"):
-            gate_BC = selected_row.own(jnp.take_along_axis(self.gate_BT, self.index_BC, axis=1), 0)
+            gate_BC = selected_row.own(jnp.take_along_axis(self.gate_BT, place_BC, axis=1), 0)
             out_BTD = ring_take(out_BCD * gate_BC[:, :, None].astype(out_BCD.dtype), to_BT, from_BC[:, :, None], row.n)
         return out_BTD, self._of_row(metrics), cache
 
@@ -102,14 +109,15 @@ class MoD(nnx.Module):
             self.predictor = Predictor(param)
         self.mod = model.mod
 
-    def __call__(self, z_BTD, positions_BT, layer, top: bool, row: Row) -> tuple[Selection, dict[str, jax.Array]]:
+    def __call__(self, z_BTD, real_BT, positions_BT, layer, top: bool, row: Row) -> tuple[Selection, dict[str, jax.Array]]:
         """Select tokens: with `top` the highest C = ceil(c T) of each row, which sees the future, as in training; without it
         each token decides for itself, as evaluation and generation do and as the predictor loss teaches.
 
-        z is a device's part of `row`; what is selected, and the metrics, are of whole rows.
+        z is a device's part of `row`; what is selected, and the metrics, are of whole rows. Of positions that are not `real`
+        none is ever taken.
 
-        Metrics: predictor_loss, logit_BT (above zero, the causal decision is to take the layer) and taken_BT. `layer` and
-        `positions` are what random routing (`mod.router`) draws by.
+        Metrics: predictor_loss (the sum over real positions), logit_BT (above zero, the causal decision is to take the layer)
+        and taken_BT. `layer` and `positions` are what random routing (`mod.router`) draws by.
         """
         wide_BTD = at_least_float32(z_BTD)
         router, bias = self.router.astype(wide_BTD.dtype), self.bias.astype(wide_BTD.dtype)
@@ -123,15 +131,16 @@ class MoD(nnx.Module):
             causal_BT = row.whole(self.predictor(still_BTD) if self.mod.predictor_width else still_BTD @ router + bias)
         gate_BT = jax.nn.sigmoid(logit_BT)
         if top:
-            index_BC = select_top(jax.lax.stop_gradient(wish_BT), capacity(row.tokens, self.mod.capacity))
+            wish_BT = jnp.where(real_BT, jax.lax.stop_gradient(wish_BT), -jnp.inf)
+            index_BC = select_top(wish_BT, capacity(row.tokens, self.mod.capacity))
             slot_BT = inverse_index(index_BC, row.tokens)
             selection = Selection(row, slot_BT >= 0, gate_BT, index_BC, slot_BT)
         else:
-            selection = Selection(row, causal_BT > 0, gate_BT)
+            selection = Selection(row, (causal_BT > 0) & real_BT, gate_BT)
         target_BT = selection.taken_BT.astype(wide_BTD.dtype)
         learned = 0.0 if self.mod.router == "random" else 1.0
         metrics = {
-            "predictor_loss": learned * jnp.mean(jax.nn.softplus(causal_BT) - target_BT * causal_BT),
+            "predictor_loss": learned * jnp.sum(jax.nn.softplus(causal_BT) - target_BT * causal_BT, where=real_BT),
             "logit_BT": jax.lax.stop_gradient(causal_BT),
             "taken_BT": selection.taken_BT,
         }

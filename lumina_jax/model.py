@@ -84,10 +84,11 @@ class Block(nnx.Module):
         """Returns ([B, t, D], metrics, cache). `layer` is its number; see `Transformer` for the others.
 
         x is a device's part of each row, in pieces over `context` and `tensor`. What computes is given the pieces of `tensor`
-        together, as it has some heads and some of the feed-forward's width, and returns its share of a sum.
+        together, as it has some heads and some of the feed-forward's width, and returns its share of a sum. Empty positions,
+        those in no segment, take no part in routing.
         """
         keys = split_keys(key_B, 3) if key_B is not None else (None, None, None)
-        row, tensor = Row(segments_BT.shape[1], axes.context), ("tensor",)
+        row, tensor, real_BT = Row(segments_BT.shape[1], axes.context), ("tensor",), segments_BT >= 0
 
         def attention(row, z, segments, positions, written):
             mixed, after = self.attention(z, segments, positions, row, cache, written)
@@ -95,16 +96,15 @@ class Block(nnx.Module):
 
         def feedforward(row, z, taken):
             if hasattr(self, "moe"):
-                out, metrics = self.moe(z, row, mode.training, keys[1], taken, mode.tell, axes)
+                out, metrics = self.moe(z, row, taken, mode.training, keys[1], mode.tell, axes)
             else:
                 out, metrics = self.feedforward(z), {}
             return self._drop(out, mode, keys[2]), metrics
 
         def both(row, x, segments, positions, taken):
             """Attention and feed-forward among the tokens taken; what the others hold is in no segment of theirs."""
-            if taken is not None:
-                segments = jnp.where(taken, segments, -1)
-            written = taken if written_BT is None or taken is None else written_BT & taken
+            segments = jnp.where(taken, segments, -1)
+            written = taken if written_BT is None else written_BT & taken
             with jax.named_scope("attention"):
                 mixed, after = attention(row, self.attention_norm(x), segments, positions, written)
             with jax.named_scope("feedforward"):
@@ -114,7 +114,7 @@ class Block(nnx.Module):
         depth: dict[str, Any] = {}
         if hasattr(self, "mod") and self.routes_block:
             x_BTD = axes.gather(x_BtD, tensor, 1)
-            selection, depth = self.mod(self.attention_norm(x_BTD), positions_BT, layer, mode.top, row)
+            selection, depth = self.mod(self.attention_norm(x_BTD), real_BT, positions_BT, layer, mode.top, row)
             change_BTD, experts, cache = selection.run(both, x_BTD, segments_BT, positions_BT, cache=cache, axes=axes)
             x_BtD = x_BtD + axes.scatter(change_BTD, tensor, 1)
         else:
@@ -125,12 +125,12 @@ class Block(nnx.Module):
             with jax.named_scope("feedforward"):
                 z_BTD = axes.gather(self.feedforward_norm(x_BtD), tensor, 1)
                 if hasattr(self, "mod"):
-                    selection, depth = self.mod(z_BTD, positions_BT, layer, mode.top, row)
+                    selection, depth = self.mod(z_BTD, real_BT, positions_BT, layer, mode.top, row)
                     out_BTD, experts, _ = selection.run(
                         lambda row, z, taken: (*feedforward(row, z, taken), None), z_BTD, axes=axes
                     )
                 else:
-                    out_BTD, experts = feedforward(row, z_BTD, None)
+                    out_BTD, experts = feedforward(row, z_BTD, real_BT)
                 x_BtD = x_BtD + axes.scatter(out_BTD, tensor, 1)
         return x_BtD, {group: of for group, of in (("moe", experts), ("mod", depth)) if of}, cache
 
@@ -179,7 +179,8 @@ class Transformer(nnx.Module):
         """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
 
         Args:
-            inputs_BT, segments_BT, positions_BT: token ids, documents from 0 and positions within them, int32.
+            inputs_BT, segments_BT, positions_BT: token ids, documents from 0 and positions within them, int32. A position of
+                segment -1 is empty: it takes no part in routing, and no other sees it.
             dtype: of activations and of the parameters as they are used.
             mode: how layers route. In training dropout and jitter need `key_B`, a random key a row: what a row draws depends
                 on nothing else, neither micro-batches nor the mesh.

@@ -147,14 +147,14 @@ def experts_dropless(x_BtD, experts_BTk, gates_BTk, weights, activation: str, fo
 
 
 def balance_loss(load_BA, share_BA):
-    """A * sum_a load_a * mean probability_a, averaged over rows: 1 when uniform (Switch, section 2.2).
+    """A * sum_a load_a * probability_a, added up over tokens: their number when uniform (Switch, section 2.2).
 
     Args:
         load_BA: choices that went to each alternative, in whatever the balance is taken over: each row, or (equal rows) more.
-        share_BA: mean over each row of the scores, scaled to sum to one; what the gradient goes through.
+        share_BA: sum over each row of the scores, each token's scaled to sum to one; what the gradient goes through.
     """
-    load_BA = load_BA / jnp.sum(load_BA, axis=-1, keepdims=True)
-    return share_BA.shape[-1] * jnp.mean(jnp.sum(load_BA * share_BA, axis=-1), axis=-1)
+    load_BA = load_BA / jnp.maximum(jnp.sum(load_BA, axis=-1, keepdims=True), 1)  # a row may have no token
+    return share_BA.shape[-1] * jnp.sum(load_BA * share_BA, axis=(-2, -1))
 
 
 class MoE(nnx.Module):
@@ -168,14 +168,16 @@ class MoE(nnx.Module):
             self.shared = FeedForward("moe.shared", model.activation, param)
         self.model = model
 
-    def __call__(self, x_BTD, row: Row, training: bool, key_B=None, taken_BT=None, tell: bool = False, axes: Axes = ALONE):
+    def __call__(self, x_BTD, row: Row, taken_BT, training: bool, key_B=None, tell: bool = False, axes: Axes = ALONE):
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
 
         x is a device's part of `row`, all of which each of its devices routes alike; `taken` is of whole rows, as metrics are.
 
-        Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
-        Metrics: load_BA (choices, int32) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform),
-        and dropped (share of choices); where asked to tell, experts_BTk and margin_BT (see `margin`).
+        Tokens that `taken` leaves out choose nothing: they cost no work, have no slot and count nowhere. Their output means
+        nothing.
+        Metrics, all of them sums over the tokens taken: load_BA (choices, int32) and share_BA for the balance loss, z_loss,
+        entropy (of the scores, 1 when uniform), and dropped (share of a token's choices); where asked to tell, experts_BTk and
+        margin_BT (see `margin`), -1 and 0 for tokens left out.
         """
         moe, activation = self.model.moe, self.model.activation
         alternatives = moe.num_experts + moe.noop_experts
@@ -187,13 +189,15 @@ class MoE(nnx.Module):
                     return jax.random.uniform(key, z_BTD.shape[1:], z_BTD.dtype, 1 - moe.jitter, 1 + moe.jitter)
 
                 z_BTD = z_BTD * jax.vmap(noise)(key_B)
-            logits_BTA = row.whole(z_BTD @ self.router.astype(z_BTD.dtype))
+            taken_BT1 = taken_BT[:, :, None]
+            # Zero for what is left out: nothing made of them need be kept from the sums for not being finite.
+            logits_BTA = jnp.where(taken_BT1, row.whole(z_BTD @ self.router.astype(z_BTD.dtype)), 0)
             experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.astype(z_BTD.dtype))
             told = {}
             if tell:
-                told = {"experts_BTk": experts_BTk, "margin_BT": margin(moe, scores_BTA + self.bias.astype(z_BTD.dtype))}
-            if taken_BT is not None:
-                experts_BTk = jnp.where(taken_BT[:, :, None], experts_BTk, alternatives)
+                margin_BT = margin(moe, scores_BTA + self.bias.astype(z_BTD.dtype))
+                told = {"experts_BTk": jnp.where(taken_BT1, experts_BTk, -1), "margin_BT": jnp.where(taken_BT, margin_BT, 0)}
+            experts_BTk = jnp.where(taken_BT1, experts_BTk, alternatives)
         weights = (self.experts.gate[...], self.experts.up[...], self.experts.down[...])
         if training and moe.dispatch == "capacity":
             slots = expert_capacity(self.model, row.tokens)
@@ -207,9 +211,9 @@ class MoE(nnx.Module):
         entropy_BT = -jnp.sum(share_BTA * jnp.log(jnp.maximum(share_BTA, 1e-30)), axis=-1)
         metrics = {
             "load_BA": jnp.sum(jax.nn.one_hot(experts_BTk, alternatives, dtype=jnp.int32), axis=(1, 2)),
-            "share_BA": jnp.mean(share_BTA, axis=1),
-            "z_loss": jnp.mean(jax.nn.logsumexp(logits_BTA, axis=-1) ** 2),
-            "entropy": jnp.mean(jax.lax.stop_gradient(entropy_BT)) / max(math.log(alternatives), 1e-30),
-            "dropped": jnp.mean(1.0 - kept_BTk.astype(jnp.float32)),
+            "share_BA": jnp.sum(share_BTA, axis=1, where=taken_BT1),
+            "z_loss": jnp.sum(jax.nn.logsumexp(logits_BTA, axis=-1) ** 2, where=taken_BT),
+            "entropy": jnp.sum(jax.lax.stop_gradient(entropy_BT), where=taken_BT) / max(math.log(alternatives), 1e-30),
+            "dropped": jnp.sum(~kept_BTk, dtype=jnp.float32) / moe.top_k,
         }
         return out_BTD, metrics | told

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lumina.data.rows import EMPTY
 from lumina.interchange.side import Canonical, Pass, Row
 from lumina.interchange.state import load_here
 from lumina.tokenizer_files import load_tokenizer
@@ -44,11 +45,11 @@ class Side(Canonical):
         self._hidden, self._logits = jax.jit(hidden), jax.jit(logits)
 
     def read(self, row: Row) -> Pass:
-        # Few lengths are compiled: after the row comes a document of its own, which no token of the row can see.
+        # Few lengths are compiled: after the row comes what is empty, which no token of the row can see.
         T = len(row.inputs_T)
         more = (0, bucket(T) - T)
         inputs_T, positions_T = (np.pad(array_T, more) for array_T in (row.inputs_T, row.positions_T))
-        segments_T = np.pad(row.segments_T, more, constant_values=row.segments_T[-1] + 1)
+        segments_T = np.pad(row.segments_T, more, constant_values=EMPTY)
         with exactly():
             hidden_TD, told = self._hidden(self._variables, inputs_T, segments_T, positions_T)
 

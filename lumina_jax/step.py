@@ -13,9 +13,9 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from lumina.architecture import layer_kinds, layer_plan, tensor_table
+from lumina.architecture import capacity, layer_kinds, layer_plan, tensor_table
 from lumina.config import Config, GuardConfig, ModelConfig
-from lumina.mesh import AXES
+from lumina.mesh import AXES, SEQUENCE
 from lumina.mesh import ROWS as ROW_AXES
 from lumina_jax.context import Row
 from lumina_jax.loss import TokenSums, cross_entropy
@@ -93,25 +93,48 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:
     return total
 
 
-def _summarise(metrics: Metrics, axes: Axes, balance_over: str, batch_load_LA: jax.Array | None) -> Metrics:
-    """Metrics by layer from what the layers tell by row. Loads are counted over `balance_over` for the balance loss."""
+class Tokens(NamedTuple):
+    """How many tokens of the whole batch each router sees, int32; at least 1, as they divide sums."""
+
+    experts_L: jax.Array  # of the layers that have experts
+    depth: jax.Array  # of every layer that has a depth router
+
+
+def _tokens(model: ModelConfig, segments_BT: jax.Array, axes: Axes) -> Tokens:
+    """From a device's rows. Only positions in a segment count, and of those that a depth router selects the number is fixed."""
+    T = segments_BT.shape[1]
+    real_B = jnp.sum(segments_BT >= 0, axis=1, dtype=jnp.int32)
+    selected_B = jnp.minimum(real_B, capacity(T, model.mod.capacity))
+    kinds = [kind for kind in layer_kinds(model) if kind.startswith("moe")]
+    real, selected = jnp.maximum(axes.sum(jnp.stack([jnp.sum(real_B), jnp.sum(selected_B)]), ROW_AXES), 1)
+    return Tokens(jnp.array([selected if kind.endswith("+mod") else real for kind in kinds]), real)
+
+
+def _summarise(
+    metrics: Metrics, segments_BT: jax.Array, tokens: Tokens, axes: Axes, balance_over: str, batch_load_LA: jax.Array | None
+) -> Metrics:
+    """Metrics by layer from what the layers tell: counts, and parts of means over all tokens of the batch, of these rows.
+
+    Loads are counted over `balance_over` for the balance loss.
+    """
     summary: Metrics = {}
     if "moe" in metrics:
         experts = dict(metrics["moe"])
         load_LBA, share_LBA = experts.pop("load_BA"), experts.pop("share_BA")
-        experts["load_A"] = jnp.sum(load_LBA, axis=1)
+        load_LA = jnp.sum(load_LBA, axis=1)
         if balance_over == "micro_batch":
-            load_LBA = axes.sum(experts["load_A"], ROW_AXES)[:, None]
+            load_LBA = axes.sum(load_LA, ROW_AXES)[:, None]
         elif balance_over == "batch" and batch_load_LA is not None:
             load_LBA = batch_load_LA[:, None]
-        summary["moe"] = {**experts, "balance_loss": balance_loss(load_LBA, share_LBA)}
+        experts["balance_loss"] = balance_loss(load_LBA, share_LBA)
+        summary["moe"] = {name: sum_L / tokens.experts_L for name, sum_L in experts.items()} | {"load_A": load_LA}
     if "mod" in metrics:
-        depth = metrics["mod"]
+        depth, real_BT = metrics["mod"], segments_BT >= 0
         decided_LBT = depth["logit_BT"] > 0
         summary["mod"] = {
-            "predictor_loss": depth["predictor_loss"],
-            "causal_capacity": jnp.mean(decided_LBT.astype(jnp.float32), axis=(1, 2)),
-            "agreement": jnp.mean((decided_LBT == depth["taken_BT"]).astype(jnp.float32), axis=(1, 2)),
+            "predictor_loss": depth["predictor_loss"] / tokens.depth,
+            "causal_capacity": jnp.sum(decided_LBT & real_BT, axis=(1, 2), dtype=jnp.float32) / tokens.depth,
+            "agreement": jnp.sum((decided_LBT == depth["taken_BT"]) & real_BT, axis=(1, 2), dtype=jnp.float32) / tokens.depth,
         }
     return summary
 
@@ -122,7 +145,8 @@ def make_train_step(
     """train_step(state, batch, controls) -> (state, metrics).
 
     The loss is the weighted sum over the whole batch divided by its weight, whatever the micro-batches and devices; router
-    losses are means over rows. Both are sums of parts that already carry their share, so gradients simply add.
+    losses are means over the tokens that a router sees, empty positions left out. Both are sums of parts that already carry
+    their share, so gradients simply add.
 
     A loss or gradient that is not finite, or a spike (`config.guard`), makes no update: of the state only `step` and the
     guard's count change. `metrics` has `skipped`, how many in a row, and `stop`, how many devices' processes asked to.
@@ -136,7 +160,7 @@ def make_train_step(
     optimizer, rate = make_optimizer(config), schedule(config.optim, config.train.steps)
     dtype, M = dtype or jnp.dtype(config.train.compute_dtype), config.train.micro_batches
     mesh = mesh or one_device()
-    axes, parts = axes_of(mesh), M * mesh.size
+    axes = axes_of(mesh)
     kinds = " ".join(layer_kinds(config.model))
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
 
@@ -150,18 +174,20 @@ def make_train_step(
         hidden_BtD, metrics, _ = model(*rows, dtype=dtype, mode=TRAINING, remat=config.train.remat, key_B=key_B, axes=axes)
         return model, hidden_BtD, metrics
 
-    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, weight: jax.Array, knobs: Controls, key_B: Any, load_LA):
+    def micro_loss(params: nnx.State, biases: nnx.State, micro: Batch, of_batch: Any, knobs: Controls, key_B: Any, load_LA):
+        weight, tokens = of_batch
         model, hidden_BtD, by_row = hidden(Variables(params, biases), micro, key_B)
-        metrics = _summarise(by_row, axes, balance_over, load_LA)
+        metrics = _summarise(by_row, micro["segments"], tokens, axes, balance_over, load_LA)
         sums = _loss(model, hidden_BtD, micro, dtype, axes)
         loss = sums.loss / weight
-        # Counts add up; every other metric is a mean over rows and carries its share.
-        metrics = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a / parts, metrics)
+        # Each of the devices that work on the same rows has all of their metrics. Counts are summed over rows alone.
+        same = axes.along(SEQUENCE)
+        metrics = jax.tree.map(lambda a: a if jnp.issubdtype(a.dtype, jnp.integer) else a / same, metrics)
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def of_own_rows(variables: Variables, batch: Batch, row_B: jax.Array, knobs: Controls, step: jax.Array):
         """From one device's parts of weights and rows: the sums over all devices, of gradients the parts that it keeps."""
-        weight = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)
+        of_batch = axes.sum(jnp.sum(batch["weights"]), ROW_AXES), _tokens(config.model, batch["segments"], axes)
         # Every M-th row: so a micro-batch has the same rows on any number of devices.
         micros = jax.tree.map(lambda a: a.reshape(a.shape[0] // M, M, *a.shape[1:]).swapaxes(0, 1), (batch, row_B))
         step_key = jax.random.fold_in(jax.random.key(config.train.seed), step) if random else None
@@ -181,7 +207,7 @@ def make_train_step(
         def gradients_of(index: Any):
             micro, key_b = part(index)
             (_, metrics), grads = jax.value_and_grad(micro_loss, has_aux=True)(
-                variables.params, variables.biases, micro, weight, knobs, key_b, batch_load_LA
+                variables.params, variables.biases, micro, of_batch, knobs, key_b, batch_load_LA
             )
             return grads, metrics
 
@@ -287,8 +313,11 @@ def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nn
     """Loss-free balancing (Wang et al., 2024): bias += rate * sign(mean load - load), centred; load is the whole batch's."""
     if not model.moe.bias_rate or "moe" not in metrics:
         return biases
-    load_LA = metrics["moe"]["load_A"].astype(jnp.float32)  # the layers that have experts, in order
-    change_LA = model.moe.bias_rate * jnp.sign(jnp.mean(load_LA, axis=-1, keepdims=True) - load_LA)
+    load_LA = metrics["moe"]["load_A"]  # the layers that have experts, in order
+    # Whole numbers, so that a tie is one on any machine: a mean is load or not, whatever a division would make of it.
+    mean_L1, rest_L1 = jnp.divmod(jnp.sum(load_LA, axis=-1, keepdims=True), load_LA.shape[-1])
+    below_LA = (load_LA < mean_L1) | ((load_LA == mean_L1) & (rest_L1 > 0))
+    change_LA = model.moe.bias_rate * (below_LA.astype(jnp.float32) - (load_LA > mean_L1))
     change_LA -= jnp.mean(change_LA, axis=-1, keepdims=True)
     kinds = layer_kinds(model)
     plan, moe_layers = layer_plan(kinds), [i for i, kind in enumerate(kinds) if kind.startswith("moe")]

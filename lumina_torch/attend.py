@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumina.errors import ConfigError
 
-NO_DOCUMENT = 2**31 - 1  # of filling at the end of a row: it is after every document
+NO_DOCUMENT = 2**31 - 1  # of filling and of empty positions, at the end of a row: it is after every document
 
 
 # --------------------------------------------------------------------------------------------------------------- forms
@@ -136,10 +136,14 @@ class Packed(NamedTuple):
 
 
 class Places:
-    """Documents of the tokens and their positions in them, and what attention makes of these, once for all layers."""
+    """Documents of the tokens and their positions in them, and what attention makes of these, once for all layers.
+
+    Of empty positions, which take no part in routing, the segment is -1 or NO_DOCUMENT.
+    """
 
     def __init__(self, segments_BT: Tensor, positions_BT: Tensor):
-        self.segments_BT, self.positions_BT = segments_BT, positions_BT
+        self.segments_BT = segments_BT.masked_fill(segments_BT < 0, NO_DOCUMENT)
+        self.positions_BT = positions_BT
         self._rotations: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def at(self, index_BC: Tensor) -> "Places":
@@ -147,6 +151,11 @@ class Places:
         index = index_BC.clamp(min=0)
         segments_BC = self.segments_BT.gather(1, index).masked_fill(index_BC < 0, NO_DOCUMENT)
         return Places(segments_BC, self.positions_BT.gather(1, index))
+
+    @functools.cached_property
+    def real_BT(self) -> Tensor:
+        """Whether a position is in a document, and not empty."""
+        return self.segments_BT != NO_DOCUMENT
 
     @functools.cached_property
     def alone(self) -> bool:

@@ -20,9 +20,15 @@ from lumina_torch.moe import top as highest
 Metrics = dict[str, Tensor]
 
 
-def select_top(logit_BT: Tensor, count: int) -> Tensor:
-    """Positions [B, C] of the `count` highest of each row, in temporal order; ties choose the earlier position."""
-    return highest(logit_BT, count)[1].sort(dim=1).values
+def select_top(wish_BT: Tensor, count: int) -> Tensor:
+    """Positions [B, C] of the `count` highest of each row, in temporal order; ties choose the earlier position.
+
+    Where the wish is -inf nothing is selected: a row that has fewer others has -1 after them.
+    """
+    T = wish_BT.shape[1]
+    wish_BC, index_BC = highest(wish_BT, count)
+    index_BC = index_BC.masked_fill(wish_BC == -torch.inf, T).sort(dim=1).values
+    return index_BC.masked_fill(index_BC == T, -1)
 
 
 class Selection(NamedTuple):
@@ -35,21 +41,20 @@ class Selection(NamedTuple):
 
     def run(
         self,
-        inner: Callable[[Tensor, Places, Tensor | None], tuple[Tensor, Metrics]],
+        inner: Callable[[Tensor, Places, Tensor], tuple[Tensor, Metrics]],
         x_BTD: Tensor,
         places: Places,
-        fixed: bool,
         idle: Callable[[Tensor], Metrics],
     ) -> tuple[Tensor, Metrics]:
         """(gate * f(x) at the tokens that take the layer and zero elsewhere [B, T, D], metrics).
 
-        `inner(x [B, C, D], places, taken [B, C])` returns (f(x), metrics). It is given the selected alone: what is skipped is
-        not computed. With a `fixed` number of them taken is None; and where no row has any, `idle` gives the metrics.
+        `inner(x [B, C, D], places, taken [B, C])` returns (f(x), metrics). It is given the selected alone, and taken where a
+        row has them: what is skipped is not computed. Where no row has any, `idle` gives the metrics.
         """
         if self.index_BC.shape[1] == 0:
             return torch.zeros_like(x_BTD), idle(x_BTD)
         x_BCD = take_rows(x_BTD, self.index_BC, self.slot_BT[:, :, None])
-        out_BCD, metrics = inner(x_BCD, places.at(self.index_BC), None if fixed else self.index_BC >= 0)
+        out_BCD, metrics = inner(x_BCD, places.at(self.index_BC), self.index_BC >= 0)
         gate_BC1 = self.gate_BT.gather(1, self.index_BC.clamp(min=0))[:, :, None].to(out_BCD.dtype)
         out_BTD = take_rows(out_BCD * gate_BC1, self.slot_BT, self.index_BC[:, :, None])
         if "experts_BTk" in metrics:  # in the row's places, -1 and 0 for the others
@@ -87,36 +92,38 @@ class MoD(nn.Module):
             self.predictor = Predictor(param)
         self.mod = model.mod
 
-    def forward(self, z_BTD: Tensor, positions_BT: Tensor, layer: int, top: bool) -> tuple[Selection, Metrics]:
+    def forward(self, z_BTD: Tensor, places: Places, layer: int, top: bool) -> tuple[Selection, Metrics]:
         """Select tokens: with `top` the highest C = ceil(c T) of each row, which sees the future, as in training; without it
         each token decides for itself, as evaluation and generation do and as the predictor loss teaches.
 
-        Metrics: predictor_loss, logit_BT (above zero, the causal decision is to take the layer) and taken_BT. `layer` and
-        `positions` are what random routing (`mod.router`) draws by.
+        Of empty positions none is ever taken. Metrics: predictor_loss (the sum over the others), logit_BT (above zero, the
+        causal decision is to take the layer) and taken_BT. `layer` and positions are what random routing (`mod.router`) draws
+        by.
         """
         wide_BTD = at_least_float32(z_BTD)
         router, bias = self.router.to(wide_BTD.dtype), self.bias.to(wide_BTD.dtype)
         logit_BT = wide_BTD @ router + bias
         if self.mod.router == "random":
-            wish_BT = causal_BT = (self.mod.capacity - uniform(positions_BT, layer)).to(wide_BTD.dtype)
+            wish_BT = causal_BT = (self.mod.capacity - uniform(places.positions_BT, layer)).to(wide_BTD.dtype)
         else:
             wish_BT = logit_BT
             # What decides learns the membership from z as it finds it: that gradient goes to the router alone.
             still_BTD = wide_BTD.detach()
             causal_BT = self.predictor(still_BTD) if self.mod.predictor_width else still_BTD @ router + bias
-        T = z_BTD.shape[1]
+        T, real_BT = z_BTD.shape[1], places.real_BT
         if top:
-            index_BC = select_top(wish_BT.detach(), capacity(T, self.mod.capacity))
+            index_BC = select_top(wish_BT.detach().masked_fill(~real_BT, -torch.inf), capacity(T, self.mod.capacity))
             slot_BT = inverse_index(index_BC, T)
             taken_BT = slot_BT >= 0
         else:
-            taken_BT = causal_BT.detach() > 0
+            taken_BT = (causal_BT.detach() > 0) & real_BT
             slot_BT = torch.where(taken_BT, taken_BT.long().cumsum(dim=1) - 1, -1)
             index_BC = inverse_index(slot_BT, T)[:, : int(taken_BT.sum(dim=1).max())]
         target_BT = taken_BT.to(wide_BTD.dtype)
         learned = 0.0 if self.mod.router == "random" else 1.0
+        nats_BT = F.binary_cross_entropy_with_logits(causal_BT, target_BT, reduction="none")
         metrics = {
-            "predictor_loss": learned * F.binary_cross_entropy_with_logits(causal_BT, target_BT),
+            "predictor_loss": learned * nats_BT.masked_fill(~real_BT, 0).sum(),
             "logit_BT": causal_BT.detach(),
             "taken_BT": taken_BT,
         }

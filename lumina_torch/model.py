@@ -66,23 +66,26 @@ class Block(nn.Module):
         cache: Cache | None = None,
         written_BT: Tensor | None = None,
     ) -> tuple[Tensor, Metrics]:
-        """Returns ([B, T, D], metrics). `layer` is its number; see `Transformer` for the others."""
+        """Returns ([B, T, D], metrics). `layer` is its number; see `Transformer` for the others.
+
+        Empty positions, those in no document, take no part in routing.
+        """
 
         def attention(x: Tensor, places: Places, written: Tensor | None) -> Tensor:
             mixed = self.attention(self.attention_norm(x), places, cache, written)
             return self._drop(mixed, mode, draw, "attention")
 
-        def feedforward(z: Tensor, taken: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        def feedforward(z: Tensor, taken: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             out, metrics = (
-                self.moe(z, mode.training, draw, taken, mode.tell) if hasattr(self, "moe") else (self.feedforward(z), {})
+                self.moe(z, taken, mode.training, draw, mode.tell) if hasattr(self, "moe") else (self.feedforward(z), {})
             )
             return self._drop(out, mode, draw, "feedforward"), metrics
 
-        def both(x: Tensor, places: Places, taken: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        def both(x: Tensor, places: Places, taken: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             """Attention and feed-forward among the tokens taken."""
             written = None
             if cache is not None and written_BT is not None:
-                written = written_BT.gather(1, selection.index_BC.clamp(min=0)) & (selection.index_BC >= 0)
+                written = written_BT.gather(1, selection.index_BC.clamp(min=0)) & taken
             mixed = attention(x, places, written)
             out, metrics = feedforward(self.feedforward_norm(x + mixed), taken)
             return mixed + out, metrics
@@ -92,17 +95,17 @@ class Block(nn.Module):
 
         depth: dict[str, Tensor] = {}
         if hasattr(self, "mod") and self.routes_block:
-            selection, depth = self.mod(self.attention_norm(x_BTD), places.positions_BT, layer, mode.top)
-            change_BTD, experts = selection.run(both, x_BTD, places, mode.top, idle)
+            selection, depth = self.mod(self.attention_norm(x_BTD), places, layer, mode.top)
+            change_BTD, experts = selection.run(both, x_BTD, places, idle)
             x_BTD = x_BTD + change_BTD
         else:
             x_BTD = x_BTD + attention(x_BTD, places, written_BT)
             z_BTD = self.feedforward_norm(x_BTD)
             if hasattr(self, "mod"):
-                selection, depth = self.mod(z_BTD, places.positions_BT, layer, mode.top)
-                out_BTD, experts = selection.run(lambda z, _, taken: feedforward(z, taken), z_BTD, places, mode.top, idle)
+                selection, depth = self.mod(z_BTD, places, layer, mode.top)
+                out_BTD, experts = selection.run(lambda z, _, taken: feedforward(z, taken), z_BTD, places, idle)
             else:
-                out_BTD, experts = feedforward(z_BTD, None)
+                out_BTD, experts = feedforward(z_BTD, places.real_BT)
             x_BTD = x_BTD + out_BTD
         return x_BTD, {group: of for group, of in (("moe", experts), ("mod", depth)) if of}
 
@@ -158,7 +161,8 @@ class Transformer(nn.Module):
         """The last hidden state, normed [B, T, D] in `dtype`, with metrics, and with caches when given some.
 
         Args:
-            inputs_BT, segments_BT, positions_BT: token ids, documents from 0 and positions within them, int64.
+            inputs_BT, segments_BT, positions_BT: token ids, documents from 0 and positions within them, int64. A position of
+                segment -1 is empty: it takes no part in routing, and no other sees it.
             dtype: of activations and of the parameters as they are used.
             mode: how layers route. In training dropout and jitter need `draw`: what a row draws depends on nothing else,
                 neither micro-batches nor the devices.

@@ -121,14 +121,14 @@ def combine(out_BTkD: Tensor, gates_BTk: Tensor) -> Tensor:
 
 
 def balance_loss(load_BA: Tensor, share_BA: Tensor) -> Tensor:
-    """A * sum_a load_a * mean probability_a, averaged over rows: 1 when uniform (Switch, section 2.2).
+    """A * sum_a load_a * probability_a, added up over tokens: their number when uniform (Switch, section 2.2).
 
     Args:
         load_BA: choices that went to each alternative, in whatever the balance is taken over: each row, or (equal rows) more.
-        share_BA: mean over each row of the scores, scaled to sum to one; what the gradient goes through.
+        share_BA: sum over each row of the scores, each token's scaled to sum to one; what the gradient goes through.
     """
-    load_BA = load_BA / load_BA.sum(dim=-1, keepdim=True)
-    return share_BA.shape[-1] * (load_BA * share_BA).sum(dim=-1).mean(dim=-1)
+    load_BA = load_BA / load_BA.sum(dim=-1, keepdim=True).clamp(min=1)  # a row may have no token
+    return share_BA.shape[-1] * (load_BA * share_BA).sum(dim=(-2, -1))
 
 
 class MoE(nn.Module):
@@ -146,26 +146,30 @@ class MoE(nn.Module):
         self.model = model
 
     def forward(
-        self, x_BTD: Tensor, training: bool, draw: Draw | None = None, taken_BT: Tensor | None = None, tell: bool = False
+        self, x_BTD: Tensor, taken_BT: Tensor, training: bool, draw: Draw | None = None, tell: bool = False
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns ([B, T, D], metrics). Only training drops, and only training jitters.
 
-        Tokens that `taken` leaves out choose nothing: they cost no work, and count in no load. Their output means nothing.
-        Metrics: load_BA (choices) and share_BA for the balance loss, z_loss, entropy (of the scores, 1 when uniform) and
-        dropped (share of choices); where asked to tell, experts_BTk and margin_BT (see `margin`).
+        Tokens that `taken` leaves out choose nothing: they cost no work, have no slot and count nowhere. Their output means
+        nothing.
+        Metrics, all of them sums over the tokens taken: load_BA (choices) and share_BA for the balance loss, z_loss, entropy
+        (of the scores, 1 when uniform) and dropped (share of a token's choices); where asked to tell, experts_BTk and
+        margin_BT (see `margin`), -1 and 0 for tokens left out.
         """
         moe, activation = self.model.moe, self.model.activation
         alternatives = moe.num_experts + moe.noop_experts
         z_BTD = at_least_float32(x_BTD)
         if training and moe.jitter and draw is not None:
             z_BTD = z_BTD * (1 - moe.jitter + 2 * moe.jitter * draw.uniform("jitter", z_BTD))
-        logits_BTA = z_BTD @ self.router.to(z_BTD.dtype)
+        left_BT1 = ~taken_BT[:, :, None]
+        # Zero for what is left out: nothing made of them need be kept from the sums for not being finite.
+        logits_BTA = (z_BTD @ self.router.to(z_BTD.dtype)).masked_fill(left_BT1, 0)
         experts_BTk, gates_BTk, scores_BTA = route(moe, logits_BTA, self.bias.to(z_BTD.dtype))
         told = {}
         if tell:
-            told = {"experts_BTk": experts_BTk, "margin_BT": margin(moe, scores_BTA + self.bias.to(z_BTD.dtype))}
-        if taken_BT is not None:
-            experts_BTk = torch.where(taken_BT[:, :, None], experts_BTk, alternatives)
+            margin_BT = margin(moe, scores_BTA + self.bias.to(z_BTD.dtype))
+            told = {"experts_BTk": experts_BTk.masked_fill(left_BT1, -1), "margin_BT": margin_BT.masked_fill(~taken_BT, 0)}
+        experts_BTk = experts_BTk.masked_fill(left_BT1, alternatives)
         weights = (self.experts.gate, self.experts.up, self.experts.down)
         if training and moe.dispatch == "capacity":
             slots = expert_capacity(self.model, x_BTD.shape[1])
@@ -175,15 +179,16 @@ class MoE(nn.Module):
         if moe.shared_experts:
             out_BTD = out_BTD + self.shared(x_BTD)
         share_BTA = scores_BTA / scores_BTA.sum(dim=-1, keepdim=True)  # sigmoid scores do not sum to one
+        share_BTA = share_BTA.masked_fill(left_BT1, 0)
         with torch.no_grad():
-            entropy = -torch.special.xlogy(share_BTA, share_BTA).sum(dim=-1).mean() / max(math.log(alternatives), 1e-30)
+            entropy = -torch.special.xlogy(share_BTA, share_BTA).sum() / max(math.log(alternatives), 1e-30)
             load_BA = F.one_hot(experts_BTk.flatten(1), alternatives + 1).sum(dim=1)[:, :alternatives]
         metrics = {
             "load_BA": load_BA,
-            "share_BA": share_BTA.mean(dim=1),
-            "z_loss": (logits_BTA.logsumexp(dim=-1) ** 2).mean(),
+            "share_BA": share_BTA.sum(dim=1),
+            "z_loss": (logits_BTA.logsumexp(dim=-1) ** 2).masked_fill(~taken_BT, 0).sum(),
             "entropy": entropy,
-            "dropped": 1 - kept_BTk.float().mean(),
+            "dropped": (~kept_BTk).sum().float() / moe.top_k,
         }
         return out_BTD, metrics | told
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumina.architecture import layer_kinds
+from lumina.architecture import capacity, layer_kinds
 from lumina.config import Config, GuardConfig, ModelConfig
 from lumina_torch.device import place
 from lumina_torch.draw import Draw
@@ -124,7 +124,8 @@ def make_train_step(
     """train_step(state, batch, controls) -> (state, metrics): changes `state` and returns it.
 
     The loss is the weighted sum over the whole batch divided by its weight, whatever the micro-batches; router losses are means
-    over rows. Both are sums of parts that already carry their share, so gradients simply add.
+    over the tokens that a router sees, empty positions left out. Both are sums of parts that already carry their share, so
+    gradients simply add.
 
     A loss or gradient that is not finite, or a spike (`config.guard`), makes no update: of the state only `step` and the
     guard's count change. `metrics` has `skipped`, how many in a row, and `stop`, how many processes were asked to. With
@@ -191,7 +192,7 @@ def make_gradients(
     token_bytes_V = None if token_bytes is None else torch.as_tensor(np.asarray(token_bytes, np.int64), device=device)
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
     has_experts = any(kind.startswith("moe") for kind in layer_kinds(config.model))
-    balance_over, (number, processes) = config.model.moe.balance_over, share.part
+    balance_over, (number, _) = config.model.moe.balance_over, share.part
     if balance_over == "batch" and M == 1:
         balance_over = "micro_batch"
 
@@ -201,19 +202,19 @@ def make_gradients(
         return hidden_BTD, metrics
 
     def micro_loss(
-        transformer: Transformer, micro: Batch, weight: Tensor, knobs: Controls, draw: Draw | None, load_LA: Tensor | None
+        transformer: Transformer, micro: Batch, of_batch: Any, knobs: Controls, draw: Draw | None, load_LA: Tensor | None
     ) -> tuple[Tensor, Metrics]:
+        weight, tokens = of_batch
         hidden_BTD, by_row = hidden(transformer, micro, draw)
-        metrics = _summarise(by_row, balance_over, load_LA, share)
+        metrics = _summarise(by_row, micro["segments"] >= 0, tokens, balance_over, load_LA, share)
         flat_ND, targets_N = hidden_BTD.flatten(0, 1), micro["targets"].flatten()
         sums = cross_entropy(flat_ND, transformer.head_DV(dtype), targets_N, micro["weights"].flatten())
         loss = sums.loss / weight
-        # Counts add up; every other metric is a mean over rows and carries its share.
-        metrics = _each(lambda a: a / (M * processes) if a.is_floating_point() else a, metrics)
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def gradients(state: TrainState, batch: Batch, knobs: Controls) -> Metrics:
-        weight, B = share.total(batch["weights"].sum()), batch["inputs"].shape[0]
+        of_batch = share.total(batch["weights"].sum()), _tokens(state.transformer, batch["segments"], share)
+        B = batch["inputs"].shape[0]
         rows = range(number * B, (number + 1) * B)
         # Every M-th row: so a micro-batch has the same rows on any number of processes.
         micros = [{name: array[m::M] for name, array in batch.items()} for m in range(M)]
@@ -226,7 +227,7 @@ def make_gradients(
         scale = state.loss_scale.scale if state.loss_scale else 1.0
         total: Metrics = {}
         for micro, draw in zip(micros, draws, strict=True):
-            objective, metrics = share.run(state.transformer, micro_loss, micro, weight, knobs, draw, batch_load_LA)
+            objective, metrics = share.run(state.transformer, micro_loss, micro, of_batch, knobs, draw, batch_load_LA)
             share.backward(objective * scale)
             metrics = _each(Tensor.detach, metrics)
             total = _each(torch.add, total, metrics) if total else metrics
@@ -270,8 +271,32 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> Tensor | float:
     return total
 
 
-def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None, share: Share) -> Metrics:
-    """Metrics by layer from what the layers tell by row. Loads are counted over `balance_over` for the balance loss."""
+class Tokens(NamedTuple):
+    """How many tokens of the whole batch each router sees; at least 1, as they divide sums."""
+
+    experts_L: Tensor  # of the layers that have experts
+    depth: Tensor  # of every layer that has a depth router
+
+
+def _tokens(transformer: Transformer, segments_BT: Tensor, share: Share) -> Tokens:
+    """From a process's rows. Only positions in a segment count, and of those that a depth router selects the number is fixed."""
+    real_B = (segments_BT >= 0).sum(1)
+
+    def seen(block: Any) -> Tensor:
+        return real_B.clamp(max=capacity(segments_BT.shape[1], block.mod.mod.capacity)) if hasattr(block, "mod") else real_B
+
+    counts = [real_B, *(seen(block) for block in transformer.blocks if hasattr(block, "moe"))]
+    depth, *experts = share.total(torch.stack([count_B.sum() for count_B in counts])).clamp(min=1)
+    return Tokens(torch.stack(experts) if experts else depth[None], depth)
+
+
+def _summarise(
+    metrics: Metrics, real_BT: Tensor, tokens: Tokens, balance_over: str, batch_load_LA: Tensor | None, share: Share
+) -> Metrics:
+    """Metrics by layer from what the layers tell: counts, and parts of means over all tokens of the batch, of these rows.
+
+    Loads are counted over `balance_over` for the balance loss.
+    """
     summary: Metrics = {}
     if "moe" in metrics:
         experts = metrics["moe"]
@@ -281,19 +306,20 @@ def _summarise(metrics: Metrics, balance_over: str, batch_load_LA: Tensor | None
             load_LBA = share.total(load_LA)[:, None]
         elif balance_over == "batch" and batch_load_LA is not None:
             load_LBA = batch_load_LA[:, None]
-        summary["moe"] = {
-            "load_A": load_LA,
+        sums = {
             "balance_loss": balance_loss(load_LBA.to(share_LBA.dtype), share_LBA),  # counts would divide into float32
             **{name: experts[name] for name in ("z_loss", "entropy", "dropped")},
         }
+        summary["moe"] = {"load_A": load_LA, **_each(lambda sum_L: sum_L / tokens.experts_L, sums)}
     if "mod" in metrics:
         depth = metrics["mod"]
         decided_LBT = depth["logit_BT"] > 0
-        summary["mod"] = {
+        sums = {
             "predictor_loss": depth["predictor_loss"],
-            "causal_capacity": decided_LBT.float().mean((1, 2)),
-            "agreement": (decided_LBT == depth["taken_BT"]).float().mean((1, 2)),
+            "causal_capacity": (decided_LBT & real_BT).sum((1, 2)).float(),
+            "agreement": ((decided_LBT == depth["taken_BT"]) & real_BT).sum((1, 2)).float(),
         }
+        summary["mod"] = _each(lambda sum_L: sum_L / tokens.depth, sums)
     return summary
 
 
@@ -325,8 +351,9 @@ def update_biases(model: ModelConfig, transformer: Transformer, metrics: Metrics
     """Loss-free balancing (Wang et al., 2024): bias += rate * sign(mean load - load), centred; load is the whole batch's."""
     if not model.moe.bias_rate or "moe" not in metrics:
         return
-    load_LA = metrics["moe"]["load_A"].float()  # the layers that have experts, in order
-    change_LA = model.moe.bias_rate * torch.sign(load_LA.mean(-1, keepdim=True) - load_LA)
+    load_LA = metrics["moe"]["load_A"]  # the layers that have experts, in order
+    # Whole numbers, so that a tie is one on any machine.
+    change_LA = model.moe.bias_rate * torch.sign(load_LA.sum(-1, keepdim=True) - load_LA.shape[-1] * load_LA).float()
     change_LA -= change_LA.mean(-1, keepdim=True)
     biases = dict(transformer.named_buffers())
     moe_layers = [i for i, kind in enumerate(layer_kinds(model)) if kind.startswith("moe")]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lumina.data.packing import Plan
 
 ROUNDS = 8
+EMPTY = -1  # the segment of a position that holds nothing: no router counts it, and none but other empty ones see it
 
 
 def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -66,7 +67,7 @@ class RowSet(Protocol):
 
     def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
         """The rows of these numbers, int64 [n]: inputs, targets, segments, positions int32 [n, T]; weights float32 [n, T].
-        Number -1 is a row that there is not: of token 0 and weight 0."""
+        An empty position is of token 0, weight 0 and segment -1; number -1 is a row that has no other."""
 
 
 class Rows:
@@ -107,6 +108,7 @@ class Rows:
         weights = np.broadcast_to((numbers >= 0)[:, None], (len(numbers), self.sequence_length)).astype(np.float32)
         inputs, targets = tokens[:, :-1].copy(), tokens[:, 1:].copy()  # the one place where targets are shifted
         segments, positions = segments_and_positions(inputs, self.document_end_id)
+        segments[numbers < 0] = EMPTY
         return {"inputs": inputs, "targets": targets, "weights": weights, "segments": segments, "positions": positions}
 
 
@@ -128,11 +130,7 @@ class PackedRows:
         return len(self.plan.rows) - 1
 
     def gather(self, numbers: np.ndarray) -> dict[str, np.ndarray]:
-        """As of `RowSet`.
-
-        What pieces leave of a row repeats them, in a segment of its own with weight 0: routers, which know of no weights, see
-        text there, and not one token over and over.
-        """
+        """As of `RowSet`: what pieces leave of a row is empty."""
         plan, T, n = self.plan, self.sequence_length, len(numbers)
         if n and not -1 <= numbers.min() <= numbers.max() < len(self):
             raise IndexError(f"rows {numbers.min()} to {numbers.max()} of {len(self)}")
@@ -159,13 +157,10 @@ class PackedRows:
             if self.roles is not None and self.code_weights is not None:
                 codes = np.concatenate([self.roles.read(start + 1, stop) for start, stop in pairs])
                 weights[at] = self.code_weights[codes]
-        place = np.arange(T) - used[:, None]  # of what is left
-        segments, positions = (np.where(place >= 0, rest, 0).astype(np.int32) for rest in (counts[:, None], place))
+        segments, positions = np.full((n, T), EMPTY, np.int32), np.zeros((n, T), np.int32)
         segments.reshape(-1)[at] = np.repeat(np.arange(len(row)) - np.repeat(ends - counts, counts), lengths)
         positions.reshape(-1)[at] = within
         shaped = {name: array.reshape(n, T) for name, array in (*batch.items(), ("weights", weights))}
-        if (used < T).any():
-            shaped["inputs"] = np.take_along_axis(shaped["inputs"], np.arange(T) % np.maximum(used, 1)[:, None], axis=1)
         return {**shaped, "segments": segments, "positions": positions}
 
 

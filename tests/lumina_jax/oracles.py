@@ -145,9 +145,13 @@ def queue(experts_Tk, num_experts, capacity):
     return places_Tk
 
 
-def moe(model, w, x_TD, training, taken_T=None):
-    """Returns ([T, D], metrics of this row). Tokens that are not taken choose nothing."""
+def moe(model, w, x_TD, training, taken_T=None, room=None):
+    """Returns ([T, D], metrics of this row, sums over those taken). Tokens that are not taken choose nothing.
+
+    `room` is of how many tokens experts have their share, T if not said.
+    """
     T, c = len(x_TD), model.moe
+    room = room or T
     E, A = c.num_experts, c.num_experts + c.noop_experts
     taken_T = np.ones(T, bool) if taken_T is None else taken_T
     logits_TA = x_TD @ w["moe.router"]
@@ -155,7 +159,7 @@ def moe(model, w, x_TD, training, taken_T=None):
     scores_TA = np.array([score(logits / c.temperature) for logits in logits_TA])
     experts_Tk = [choices(c, np.real(scores + w["moe.bias"])) for scores in scores_TA]
     drops = training and c.dispatch == "capacity"
-    slots = max(1, min(T, math.ceil(T * c.top_k * c.capacity_factor / A))) if drops else T
+    slots = max(1, min(room, math.ceil(room * c.top_k * c.capacity_factor / A))) if drops else T
     places_Tk = queue(
         [[e if taken else A for e in chosen] for chosen, taken in zip(experts_Tk, taken_T, strict=True)], E, slots
     )
@@ -171,24 +175,25 @@ def moe(model, w, x_TD, training, taken_T=None):
                 dropped += 1
     if c.shared_experts:
         out_TD += feedforward(model, *(w[f"moe.shared.{n}"] for n in ("gate", "up", "down")), x_TD)
-    shares_TA = np.array([scores / np.sum(scores) for scores in scores_TA])
+    taken = [t for t in range(T) if taken_T[t]]
+    shares = [scores_TA[t] / np.sum(scores_TA[t]) for t in taken]
     return out_TD, {
-        "load_BA": np.array([sum(e in experts_Tk[t] for t in range(T) if taken_T[t]) for e in range(A)]),
-        "share_BA": np.mean(shares_TA, axis=0),
-        "z_loss": np.mean([np.log(np.sum(np.exp(logits))) ** 2 for logits in logits_TA]),
-        "entropy": np.mean([-sum(p * np.log(p) for p in shares) for shares in np.real(shares_TA)]) / math.log(max(A, 2)),
-        "dropped": dropped / (T * c.top_k),
+        "load_BA": np.array([sum(e in experts_Tk[t] for t in taken) for e in range(A)]),
+        "share_BA": sum(shares, np.zeros(A)),
+        "z_loss": sum(np.log(np.sum(np.exp(logits_TA[t]))) ** 2 for t in taken),
+        "entropy": sum(-sum(p * np.log(p) for p in np.real(share)) for share in shares) / math.log(max(A, 2)),
+        "dropped": dropped / c.top_k,
     }
 
 
 def balance_loss(load_BA, share_BA, parts):
-    """`parts` are lists of rows; the rows of one are counted together."""
-    B, A = np.shape(load_BA)
+    """`parts` are lists of rows; the rows of one are counted together. The sum over tokens."""
+    A = np.shape(load_BA)[1]
     total = 0.0
     for rows in parts:
         load_A = sum(np.asarray(load_BA[b], np.float64) for b in rows)
         for b in rows:
-            total += sum(load_A[a] / sum(load_A) * share_BA[b][a] for a in range(A)) * A / B
+            total += sum(load_A[a] / sum(load_A) * share_BA[b][a] for a in range(A) if load_A[a]) * A
     return total
 
 
@@ -207,8 +212,11 @@ def draw(layer, position):
     return ((x ^ x >> 16) >> 8) / 2**24
 
 
-def depth(model, w, z_TD, positions_T, layer, top):
-    """Who takes a Mixture-of-Depths layer: (positions in temporal order, gates [T], metrics of this row)."""
+def depth(model, w, z_TD, positions_T, layer, top, real=None):
+    """Who takes a Mixture-of-Depths layer: (positions in temporal order, gates [T], metrics of this row, the loss a sum).
+
+    `real` are the positions that are asked at all, every one if not said.
+    """
     c, T = model.mod, len(z_TD)
     logits_T = z_TD @ w["mod.router"] + w["mod.bias"]
     still_TD = np.real(z_TD)  # what teaches the causal decision teaches nothing below it
@@ -219,11 +227,13 @@ def depth(model, w, z_TD, positions_T, layer, top):
     if c.predictor_width:
         hidden = still_TD @ w["mod.predictor.hidden"]
         causal_T = (hidden * sigmoid(hidden)) @ w["mod.predictor.output"] + w["mod.predictor.bias"]
-    chosen = highest(wish_T, math.ceil(T * c.capacity)) if top else [t for t in range(T) if np.real(causal_T[t]) > 0]
+    real = list(range(T)) if real is None else real
+    best = [real[i] for i in highest([wish_T[t] for t in real], math.ceil(T * c.capacity))]
+    chosen = best if top else [t for t in real if np.real(causal_T[t]) > 0]
     taken_T = np.isin(range(T), chosen)
-    nats = [-np.log(sigmoid(logit if taken else -logit)) for logit, taken in zip(causal_T, taken_T, strict=True)]
+    nats = [-np.log(sigmoid(causal_T[t] if taken_T[t] else -causal_T[t])) for t in real]
     metrics = {
-        "predictor_loss": 0.0 if c.router == "random" else np.mean(nats),
+        "predictor_loss": 0.0 if c.router == "random" else sum(nats),
         "logit_BT": np.real(causal_T),
         "taken_BT": taken_T,
     }
@@ -234,8 +244,10 @@ def depth(model, w, z_TD, positions_T, layer, top):
 
 
 def block(model, kind, w, x_TD, segments_T, positions_T, layer, training, top):
-    """Returns ([T, D], {"moe" and "mod", where the layer has them: metrics})."""
-    metrics, everyone = {}, list(range(len(x_TD)))
+    """Returns ([T, D], {"moe" and "mod", where the layer has them: metrics}). Positions of segment -1 are empty: no router
+    asks them."""
+    metrics, everyone, real_T = {}, list(range(len(x_TD))), np.asarray(segments_T) >= 0
+    room = math.ceil(len(x_TD) * model.mod.capacity) if kind.endswith("+mod") and top else None
 
     def attend_among(x, chosen):
         """Among these tokens alone, at the positions and in the documents that they have in the row."""
@@ -245,7 +257,7 @@ def block(model, kind, w, x_TD, segments_T, positions_T, layer, training, top):
     def inner(x):
         z = rms_norm(x, w["feedforward_norm.scale"], model.norm_eps)
         if kind.startswith("moe"):
-            out, metrics["moe"] = moe(model, w, z, training)
+            out, metrics["moe"] = moe(model, w, z, training, real_T[chosen], room)
             return out
         return feedforward(model, *(w[f"feedforward.{n}"] for n in ("gate", "up", "down")), z)
 
@@ -255,24 +267,24 @@ def block(model, kind, w, x_TD, segments_T, positions_T, layer, training, top):
     chosen, gate_T = everyone, np.ones(len(x_TD))
     if kind.endswith("+mod"):
         norm = "attention_norm.scale" if whole else "feedforward_norm.scale"
-        chosen, gate_T, metrics["mod"] = depth(model, w, rms_norm(x_TD, w[norm], model.norm_eps), positions_T, layer, top)
+        z_TD, real = rms_norm(x_TD, w[norm], model.norm_eps), list(np.flatnonzero(real_T))
+        chosen, gate_T, metrics["mod"] = depth(model, w, z_TD, positions_T, layer, top, real)
     if not chosen:
         if kind.startswith("moe"):
-            metrics["moe"] = {"load_BA": np.zeros(model.moe.num_experts + model.moe.noop_experts)}
+            A = model.moe.num_experts + model.moe.noop_experts
+            metrics["moe"] = dict.fromkeys(("z_loss", "entropy", "dropped"), 0.0)
+            metrics["moe"] |= {"load_BA": np.zeros(A), "share_BA": np.zeros(A)}
         return x_TD, metrics
     x_CD = x_TD[chosen]
     mixed_CD = attend_among(x_CD, chosen) if whole else 0.0
     out_TD = x_TD.astype(np.result_type(x_TD, *w.values()))
     out_TD[chosen] = x_CD + gate_T[chosen, None] * (mixed_CD + inner(x_CD + mixed_CD))
-    if "moe" in metrics and not top:
-        # How many choose is not fixed, and what is averaged over tokens is of use to nobody.
-        metrics["moe"] = {"load_BA": metrics["moe"]["load_BA"]} if kind.endswith("+mod") else metrics["moe"]
     return out_TD, metrics
 
 
 def transformer(model, w, inputs_BT, segments_BT, positions_BT, training, top=None):
     """Logits [B, T, V], and metrics "moe" and "mod": name -> the layers that have it, in order, [L, B, ...] where a row has
-    its own, else the mean over rows. `top` without `training` is the control that selects by the future and drops nothing."""
+    its own, else the sum over rows. `top` without `training` is the control that selects by the future and drops nothing."""
     top = training if top is None else top
     w = {name: wide(array) for name, array in w.items()}
     head_DV = w["embedding.weight"].T if model.tie_embeddings else w["head.weight"]
@@ -295,5 +307,5 @@ def transformer(model, w, inputs_BT, segments_BT, positions_BT, training, top=No
         numbers = [i for i, kind in enumerate(layer_kinds(model)) if group in kind]
         for name in per_row[0][numbers[0]].get(group, ()) if numbers else ():
             of_rows = [[row[i][group][name] for row in per_row] for i in numbers]
-            joined.setdefault(group, {})[name] = np.array(of_rows) if "_B" in name else np.mean(of_rows, axis=1)
+            joined.setdefault(group, {})[name] = np.array(of_rows) if "_B" in name else np.sum(of_rows, axis=1)
     return np.stack(logits), joined

@@ -19,6 +19,7 @@ from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 
 B, T, D = 2, 7, 5
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3], [0, 1, 2, 3, 4, 0, 9]])
+EVERYONE = np.ones((B, T), bool)
 LAYER = 2
 
 
@@ -49,10 +50,10 @@ def _weights(model):
     return WEIGHTS | (PREDICTOR if model.mod.predictor_width else {})
 
 
-def _apply(model, weights, z_BTD, inner, top, positions_BT=POSITIONS_BT):
+def _apply(model, weights, z_BTD, inner, top, real_BT=EVERYONE, positions_BT=POSITIONS_BT):
     """(output, metrics of inner, own metrics)."""
     router = MoD(model, lambda name: nnx.Param(jnp.asarray(weights[name])))
-    selection, own = router(z_BTD, positions_BT, LAYER, top, Row(z_BTD.shape[1], 1))
+    selection, own = router(z_BTD, real_BT, positions_BT, LAYER, top, Row(z_BTD.shape[1], 1))
     out_BTD, metrics, _ = selection.run(lambda row, z, taken: (*inner(z), None), z_BTD)
     return out_BTD, metrics, own
 
@@ -96,13 +97,13 @@ def test_equals_computing_all_and_masking_forward_and_backward(model, top):
     assert_close(out_BTD, expected_BTD)
     assert np.all(np.any(np.asarray(out_BTD) != 0, axis=-1) == expected["taken_BT"])
     assert set(own) == set(expected)
-    assert_close(own["predictor_loss"], np.mean(expected["predictor_loss"]))
+    assert_close(own["predictor_loss"], np.sum(expected["predictor_loss"]))
     assert_close(own["logit_BT"], expected["logit_BT"])
     assert np.array_equal(own["taken_BT"], expected["taken_BT"])
 
     def loss(arrays):
         out_BTD, own = _masked(model, arrays, arrays["z"], top)
-        return np.sum(COTANGENT_BTD * out_BTD) + np.mean(own["predictor_loss"])
+        return np.sum(COTANGENT_BTD * out_BTD) + np.sum(own["predictor_loss"])
 
     assert_gradients(loss, {"z": Z_BTD, **_weights(model)}, {"z": dz_BTD, **gradients})
 
@@ -154,11 +155,11 @@ def test_what_comes_with_the_tokens_is_selected_with_them():
     @jax.jit
     def run(z_BTD):
         router = MoD(_model(), lambda name: nnx.Param(jnp.asarray(WEIGHTS[name])))
-        selection, _ = router(z_BTD, POSITIONS_BT, LAYER, True, Row(z_BTD.shape[1], 1))
+        selection, _ = router(z_BTD, EVERYONE, POSITIONS_BT, LAYER, True, Row(z_BTD.shape[1], 1))
         return selection.run(lambda row, z, positions, taken: (z, {"positions": positions}, taken), z_BTD, POSITIONS_BT)
 
     _, metrics, taken = run(Z_BTD)
-    assert taken is None
+    assert taken.all()
     chosen_BT = _masked(_model(), WEIGHTS, Z_BTD, True)[1]["taken_BT"]
     assert metrics["positions"].tolist() == [POSITIONS_BT[b, chosen_BT[b]].tolist() for b in range(B)]
 
@@ -179,7 +180,7 @@ def test_where_no_row_takes_the_layer_it_is_not_run_and_its_cache_stays():
     def run(bias):
         weights = {"mod.router": np.zeros(D, np.float32), "mod.bias": bias}
         router = MoD(_model(), lambda name: nnx.Param(jnp.asarray(weights[name])))
-        selection, _ = router(jnp.asarray(Z_BTD), POSITIONS_BT, LAYER, False, Row(Z_BTD.shape[1], 1))
+        selection, _ = router(jnp.asarray(Z_BTD), EVERYONE, POSITIONS_BT, LAYER, False, Row(Z_BTD.shape[1], 1))
         return selection.run(inner, jnp.asarray(Z_BTD), cache=jnp.int32(5))
 
     for bias, runs, cache in ((1.0, 1, 7), (-1.0, 0, 5)):
@@ -297,7 +298,7 @@ def test_router_of_bfloat16_runs_in_float32():
     own = jax.jit(lambda w, z: _apply(_model(), w, z, lambda z: (z, {}), True)[2])(WEIGHTS, z_BTD)
     _, expected = _masked(_model(), WEIGHTS, np.asarray(z_BTD, np.float64), True)
     assert own["predictor_loss"].dtype == jnp.float32
-    assert_close(own["predictor_loss"], np.mean(expected["predictor_loss"]))
+    assert_close(own["predictor_loss"], np.sum(expected["predictor_loss"]))
 
 
 @pytest.mark.parametrize("model", [_model(), PREDICTED], ids=["router", "predictor"])
@@ -307,7 +308,7 @@ def test_predictor_loss_teaches_what_decides_and_nothing_below_it(model):
 
     weights = _weights(model)
     gradients, dz_BTD = jax.jit(jax.grad(loss, argnums=(0, 1)))(weights, Z_BTD)
-    assert_gradients(lambda w: np.mean(_masked(model, w, Z_BTD, True)[1]["predictor_loss"]), weights, gradients)
+    assert_gradients(lambda w: np.sum(_masked(model, w, Z_BTD, True)[1]["predictor_loss"]), weights, gradients)
     assert np.all(dz_BTD == 0)
     taught = {name for name, gradient in gradients.items() if np.any(gradient != 0)}
     assert taught == (set(PREDICTOR) if model is PREDICTED else set(WEIGHTS))
@@ -329,7 +330,8 @@ def test_random_choice_is_that_of_layer_and_position_alone(top):
     @functools.partial(jax.jit, static_argnums=1)
     def taken(z_BTD, layer):
         router = MoD(RANDOM, lambda name: nnx.Param(jnp.asarray(WEIGHTS[name])))
-        return router(z_BTD, positions_BT, layer, top, Row(z_BTD.shape[1], 1))[0].taken_BT
+        real_BT = np.ones(positions_BT.shape, bool)
+        return router(z_BTD, real_BT, positions_BT, layer, top, Row(z_BTD.shape[1], 1))[0].taken_BT
 
     found_BT = np.asarray(taken(_normal(2, 400, D), 3))
     assert np.array_equal(found_BT, taken(_normal(2, 400, D, seed=1), 3))

@@ -67,7 +67,8 @@ def _cotangent(x_BTD):
 
 
 def _apply(model, weights, x_BTD, training, key_B=None, taken_BT=None):
-    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, Row(x_BTD.shape[1], 1), training, key_B, taken_BT)
+    taken_BT = jnp.ones(x_BTD.shape[:2], bool) if taken_BT is None else taken_BT
+    return MoE(model, lambda name: nnx.Param(weights[name]))(x_BTD, Row(x_BTD.shape[1], 1), taken_BT, training, key_B)
 
 
 def _router_losses(metrics):
@@ -98,7 +99,7 @@ def _oracle(model, weights, x_BTD, training, taken_BT=None):
     rows = [oracles.moe(model, weights, x_TD, training, t) for x_TD, t in zip(oracles.wide(x_BTD), taken_BT, strict=True)]
     metrics = {name: np.array([row[1][name] for row in rows]) for name in rows[0][1]}
     out_BTD = np.where(taken_BT[:, :, None], np.stack([row[0] for row in rows]), 0)
-    return out_BTD, {name: m if "_B" in name else np.mean(m) for name, m in metrics.items()}
+    return out_BTD, {name: m if "_B" in name else np.sum(m) for name, m in metrics.items()}
 
 
 def _check(model, weights, x_BTD, taken_BT, tolerance):
@@ -145,6 +146,7 @@ EDGES = {
     "no_no_ops": ((9, 9, 9, 9), EVERYONE),
     "some_left_out": ((), LEFT_OUT_BT),
     "some_left_out_of_one_expert": ((0, 9, 0, 0), LEFT_OUT_BT),
+    "a_row_of_nobody": ((0, 9, 0, 0), LEFT_OUT_BT & [[True], [False]]),
 }
 
 
@@ -344,7 +346,7 @@ def test_all_tokens_to_one_expert_keep_the_first_of_each_row():
     out_BTD, metrics, _ = _train(TOP1, weights, X_BTD, EVERYONE)
     slots = 1  # ceil(7 / 4 * 0.5)
     assert metrics["load_BA"].tolist() == [[0, 0, T, 0]] * B
-    assert_close(metrics["dropped"], 1 - slots / T, 1e-6)
+    assert metrics["dropped"] == B * (T - slots)
     assert np.all(out_BTD[:, slots:] == 0)
     assert_close(out_BTD, _oracle(TOP1, weights, X_BTD, training=True)[0])
 
@@ -408,24 +410,24 @@ def test_balance_loss_counts_the_load_over_what_it_is_told(over):
         )
 
 
-def test_balance_loss_of_a_uniform_load_is_one():
-    assert_close(balance_loss(jnp.full((2, E), 8), jnp.full((2, E), 1 / E)), 1, 1e-6)
+def test_balance_loss_of_a_uniform_load_is_the_number_of_tokens():
+    assert_close(balance_loss(jnp.full((2, E), 8), jnp.full((2, E), T / E)), 2 * T, 1e-6)
 
 
 def test_balance_loss_is_the_number_of_alternatives_when_one_takes_all():
     model = _model(noop_experts=1)
     one = {**_weights(model, (0, 0, 0, 0, 9)), "moe.router": np.zeros((D, 5), np.float32)}
     _, metrics, _ = _train(model, one, X_BTD, EVERYONE)
-    assert_close(balance_loss(metrics["load_BA"], metrics["share_BA"]), 1, 1e-6)  # the scores are still uniform
-    assert_close(balance_loss(metrics["load_BA"], jax.nn.one_hot(jnp.full(B, 4), 5)), 5, 1e-6)
+    assert_close(balance_loss(metrics["load_BA"], metrics["share_BA"]), B * T, 1e-6)  # the scores are still uniform
+    assert_close(balance_loss(metrics["load_BA"], T * jax.nn.one_hot(jnp.full(B, 4), 5)), 5 * B * T, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["top1_softmax", "top1_sigmoid_scaled", "noops"])
 def test_entropy_is_one_when_all_scores_are_equal_and_less_otherwise(name):
     model = MODELS[name]
     uniform = {**_weights(model), "moe.router": 0 * _weights(model)["moe.router"]}
-    assert_close(_train(model, uniform, X_BTD, EVERYONE)[1]["entropy"], 1, 1e-6)
-    assert 0.3 < _train(model, _weights(model), X_BTD, EVERYONE)[1]["entropy"] < 0.99
+    assert_close(_train(model, uniform, X_BTD, EVERYONE)[1]["entropy"], B * T, 1e-6)
+    assert 0.3 < _train(model, _weights(model), X_BTD, EVERYONE)[1]["entropy"] / (B * T) < 0.99
 
 
 # ------------------------------------------------------------------------------------------------------------ jitter
@@ -440,7 +442,7 @@ def test_jitter_scales_the_routers_inputs_uniformly_and_nothing_else():
     jittered = jax.jit(lambda key: _apply(model, weights, x_BTD, True, key[None]))
     out_BTD, metrics = jittered(jax.random.key(0))
     # One expert: the z-loss is the mean of u^2, and u uniform in 0.5 to 1.5 has 1 + 1/12.
-    assert_close(metrics["z_loss"], 1 + 1 / 12, 0.03)
+    assert_close(metrics["z_loss"] / tokens, 1 + 1 / 12, 0.03)
     assert_close(out_BTD, np.full((1, tokens, 1), oracles.sigmoid(1.0)))
     assert jittered(jax.random.key(1))[1]["z_loss"] != metrics["z_loss"]
 

@@ -28,7 +28,7 @@ from lumina_jax.step import (
 )
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close
-from tests.lumina_jax.tiny import KINDS, T, V, random_batch, tiny
+from tests.lumina_jax.tiny import FILLED, KINDS, T, V, packed_batch, random_batch, tiny
 
 ONE_DEVICE = np.zeros(1, np.int32)
 NO_CONTROLS = Controls(1.0, 0.0, 0.0, 0.0, True, ONE_DEVICE)
@@ -93,6 +93,8 @@ def train(step, state, batch, steps, knobs):
 STEPS = 3
 # Rows and tokens of very different weight: the mean of the micro-batches' means would be far off.
 UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)).astype(np.float32) * np.array([[8], [1], [0.1], [3]], np.float32)
+UNEVEN *= packed_batch()["weights"]
+SELECTED = sum(min(length, 10) for length in FILLED)  # by depth routers, with 10 slots a row
 
 
 def double(M, over="row"):
@@ -116,12 +118,12 @@ def plain_loss(config, graphdef, variables, batch, together_BB):
     language = -jnp.sum(batch["weights"] * picked) / jnp.sum(batch["weights"])
     moe, mod = config.model.moe, config.model.mod
     load_LBA = jnp.einsum("bc,lca->lba", together_BB, metrics["moe"]["load_BA"])
-    load_LBA /= jnp.sum(load_LBA, axis=-1, keepdims=True)
-    balance = load_LBA.shape[-1] * jnp.mean(jnp.sum(load_LBA * metrics["moe"]["share_BA"], axis=-1))
+    load_LBA /= jnp.maximum(jnp.sum(load_LBA, axis=-1, keepdims=True), 1)
+    balance = load_LBA.shape[-1] * jnp.mean(jnp.sum(load_LBA * metrics["moe"]["share_BA"], axis=(1, 2)))
     auxiliary = (
-        moe.balance_weight * balance
-        + moe.z_weight * jnp.mean(metrics["moe"]["z_loss"])
-        + mod.predictor_weight * jnp.mean(metrics["mod"]["predictor_loss"])
+        moe.balance_weight * balance / SELECTED
+        + moe.z_weight * jnp.mean(metrics["moe"]["z_loss"]) / SELECTED
+        + mod.predictor_weight * jnp.mean(metrics["mod"]["predictor_loss"]) / sum(FILLED)
     )
     return language + auxiliary, metrics
 
@@ -130,7 +132,7 @@ def plain_loss(config, graphdef, variables, batch, together_BB):
 def exact():
     """Numpy results in float64 of STEPS steps for each of EXACT, and the gradients of the plain losses before them."""
     with jax.enable_x64(True):
-        batch = random_batch() | {"weights": UNEVEN.astype(np.float64)}
+        batch = packed_batch() | {"weights": UNEVEN.astype(np.float64)}
         config = double(1)
         graphdef, start = state_shapes(config)[1], doubled(config)
         found = {"batch": batch, "start": jax.device_get(start), "gradient": {}}
@@ -199,14 +201,16 @@ def test_router_metrics_equal_the_slow_ones_summarised(exact, over, M):
     experts, depth = metrics["moe"], metrics["mod"]
     assert np.array_equal(found["moe"]["load_A"], experts["load_BA"].sum(axis=1))
     shares_of_layers = zip(experts["load_BA"], experts["share_BA"], strict=True)
-    assert_close(found["moe"]["balance_loss"], [oracles.balance_loss(*layer, PARTS[over]) for layer in shares_of_layers], 1e-12)
+    real_BT = exact["batch"]["segments"] >= 0
+    balance_L = np.array([oracles.balance_loss(*layer, PARTS[over]) for layer in shares_of_layers])
+    assert_close(found["moe"]["balance_loss"], balance_L / SELECTED, 1e-12)
     decided_LBT = depth["logit_BT"] > 0
     expected = {
-        "moe": {name: experts[name] for name in ("z_loss", "entropy", "dropped")},
+        "moe": {name: experts[name] / SELECTED for name in ("z_loss", "entropy", "dropped")},
         "mod": {
-            "predictor_loss": depth["predictor_loss"],
-            "causal_capacity": decided_LBT.mean(axis=(1, 2)),
-            "agreement": (decided_LBT == depth["taken_BT"]).mean(axis=(1, 2)),
+            "predictor_loss": depth["predictor_loss"] / sum(FILLED),
+            "causal_capacity": decided_LBT[:, real_BT].mean(axis=1),
+            "agreement": (decided_LBT == depth["taken_BT"])[:, real_BT].mean(axis=1),
         },
     }
     assert {*found["moe"]} == {*expected["moe"], "load_A", "balance_loss"}
@@ -263,7 +267,7 @@ def test_expert_loads_are_counted_over_all_micro_batches(exact):
     for of in EXACT:
         load_LA = exact[of][1][0]["moe"]["load_A"]
         assert np.array_equal(load_LA, exact["metrics"]["moe"]["load_BA"].sum(axis=1))
-        assert (load_LA.sum(axis=-1) == 4 * 10 * 2).all()  # rows, tokens that MoD selects of 16, choices
+        assert (load_LA.sum(axis=-1) == SELECTED * 2).all()  # choices of each
 
 
 def test_router_biases_move_once_a_step_against_the_load_and_stay_centred(exact):
@@ -290,7 +294,7 @@ SPREAD = (
 FIRST = {over: (over, N, M) for over, N, M in SPREAD[::-1]}
 SEVERAL = [of for of in SPREAD if of not in FIRST.values()]
 TOKEN_BYTES = np.random.default_rng(4).integers(0, 9, V).astype(np.int32)
-# Rows of very different weight, and one of none: alone on its device where there are eight.
+# Rows of very different weight, and some of none: alone on their device where there are eight.
 UNEVEN_8 = np.concatenate([UNEVEN, np.zeros((1, T)), 5 * UNEVEN[1:]])
 
 
@@ -306,7 +310,7 @@ def both_kinds(over, M):
 def spread():
     """What SPREAD names -> numpy results of two steps in float64 and, last, of a batch that has a NaN in one row."""
     with jax.enable_x64(True):
-        batch, found, start = random_batch(8) | {"weights": UNEVEN_8}, {}, doubled(both_kinds("batch", 1))
+        batch, found, start = packed_batch(8) | {"weights": UNEVEN_8}, {}, doubled(both_kinds("batch", 1))
         bad = UNEVEN_8.copy()
         bad[6, 3] = np.nan
         for over, N, M in SPREAD:
@@ -351,7 +355,7 @@ def test_every_device_learns_how_many_were_asked_to_stop(spread, of):
 
 
 def test_bytes_of_text_are_those_of_targets_that_count(spread):
-    counted = random_batch(8)["targets"][UNEVEN_8 > 0]
+    counted = packed_batch(8)["targets"][UNEVEN_8 > 0]
     assert {int(history[0][1]["text_bytes"]) for history in spread.values()} == {int(TOKEN_BYTES[counted].sum())}
 
 
@@ -578,6 +582,17 @@ def test_an_evenly_loaded_router_keeps_its_bias():
     config = tiny(moe={"bias_rate": 0.1})
     biases = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
     assert_same_bits(update_biases(config.model, biases, {"moe": {"load_A": jnp.full((2, 4), 5)}}), biases)
+
+
+def test_a_tie_is_one_however_many_alternatives_there_are():
+    """A mean as a sum times 1 / 5 would be another number than each of the loads that it is the mean of."""
+    config = tiny(moe={"bias_rate": 0.1, "num_experts": 5})
+    biases = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
+    update = jax.jit(lambda load_LA: update_biases(config.model, biases, {"moe": {"load_A": load_LA}}))
+    for load in (*range(1, 40), 16_777_217, 400_000_001):  # beyond what float32 counts, and five times it beyond int32
+        assert_same_bits(update(jnp.full((2, 5), load, jnp.int32)), biases)
+        (found_LA,) = leaves(update(jnp.array([[load] * 5, [load + 1] + [load] * 4], jnp.int32)))
+        assert_close(found_LA, [[1] * 5, [1 - 0.16] + [1 + 0.04] * 4], 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------- training

@@ -21,6 +21,7 @@ from lumina.config import (
 
 KINDS = ("dense", "moe", "dense+mod", "moe+mod")
 T, V = 16, 300
+FILLED = (16, 13, 4, 0)  # tokens of a packed row, by number
 
 
 def tiny(
@@ -55,4 +56,16 @@ def random_batch(rows: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
         "weights": np.ones((rows, T), np.float32),
         "segments": segments,
         "positions": positions,
+    }
+
+
+def packed_batch(rows: int = 4, seed: int = 0) -> dict[str, np.ndarray]:
+    """As `random_batch`, with fewer tokens in most rows: in some fewer than a depth router selects, in some none at all. Empty
+    positions have random tokens too, which nothing may depend on."""
+    batch = random_batch(rows, seed)
+    real_BT = np.arange(T) < np.resize(FILLED, rows)[:, None]
+    return batch | {
+        "weights": real_BT.astype(np.float32),
+        "segments": np.where(real_BT, batch["segments"], -1).astype(np.int32),
+        "positions": np.where(real_BT, batch["positions"], 0).astype(np.int32),
     }

@@ -66,7 +66,7 @@ def _layer(model, weights, dtype):
 def _train(model, weights, x_BTD, taken_BT=EVERYONE, dtype=torch.float32):
     """Output of the taken, metrics, and the gradients of a weighted sum of it plus the router losses."""
     layer, x_BTD = _layer(model, weights, dtype), torch.tensor(x_BTD, dtype=dtype, requires_grad=True)
-    out_BTD, metrics = layer(x_BTD, True, taken_BT=None if taken_BT is EVERYONE else torch.tensor(taken_BT))
+    out_BTD, metrics = layer(x_BTD, torch.tensor(taken_BT), True)
     kept_BTD = torch.where(torch.tensor(taken_BT)[:, :, None], out_BTD, 0)
     cotangent_BTD = torch.tensor(_normal(*x_BTD.shape, seed=2))
     losses = balance_loss(metrics["load_BA"].to(dtype), metrics["share_BA"]) + metrics["z_loss"]
@@ -75,9 +75,14 @@ def _train(model, weights, x_BTD, taken_BT=EVERYONE, dtype=torch.float32):
     return kept_BTD.detach(), {n: m.detach() for n, m in metrics.items()}, {"x": x_BTD.grad, **gradients}
 
 
-def _evaluate(model, weights, x_BTD, **rest):
+def _everyone(x_BTD):
+    return torch.ones(x_BTD.shape[:2], dtype=torch.bool)
+
+
+def _evaluate(model, weights, x_BTD, taken_BT=None, **rest):
+    taken_BT = _everyone(x_BTD) if taken_BT is None else taken_BT
     with torch.no_grad():
-        return _layer(model, weights, torch.float32)(torch.tensor(x_BTD), False, **rest)
+        return _layer(model, weights, torch.float32)(torch.tensor(x_BTD), taken_BT, False, **rest)
 
 
 def _oracle(model, weights, x_BTD, training, taken_BT=None):
@@ -86,7 +91,7 @@ def _oracle(model, weights, x_BTD, training, taken_BT=None):
     rows = [oracles.moe(model, weights, x_TD, training, t) for x_TD, t in zip(oracles.wide(x_BTD), taken_BT, strict=True)]
     metrics = {name: np.array([row[1][name] for row in rows]) for name in rows[0][1]}
     out_BTD = np.where(taken_BT[:, :, None], np.stack([row[0] for row in rows]), 0)
-    return out_BTD, {name: m if "_B" in name else np.mean(m) for name, m in metrics.items()}
+    return out_BTD, {name: m if "_B" in name else np.sum(m) for name, m in metrics.items()}
 
 
 def _check(model, weights, x_BTD, taken_BT, dtype=torch.float32):
@@ -133,6 +138,7 @@ EDGES = {
     "no_no_ops": ((9, 9, 9, 9), EVERYONE),
     "some_left_out": ((), LEFT_OUT_BT),
     "some_left_out_of_one_expert": ((0, 9, 0, 0), LEFT_OUT_BT),
+    "a_row_of_nobody": ((0, 9, 0, 0), LEFT_OUT_BT & [[True], [False]]),
 }
 
 
@@ -159,7 +165,7 @@ def test_a_single_token_is_routed(dispatch):
 def test_where_every_token_is_left_out_nothing_is_chosen_and_gradients_are_finite(dispatch):
     model = _changed(NOOPS, dispatch=dispatch, shared_experts=0)
     layer, x_BTD = _layer(model, _weights(model), torch.float32), torch.tensor(X_BTD, requires_grad=True)
-    out_BTD, metrics = layer(x_BTD, True, taken_BT=torch.tensor(NOBODY_BT))
+    out_BTD, metrics = layer(x_BTD, torch.tensor(NOBODY_BT), True)
     (out_BTD.sum() + metrics["z_loss"]).backward()
     assert not out_BTD.any()
     assert not metrics["load_BA"].any()
@@ -197,7 +203,7 @@ def test_where_capacity_is_ample_both_dispatches_are_the_same(name):
 
 def test_routing_of_bfloat16_runs_in_float32():
     x_BTD = torch.tensor(X_BTD).bfloat16()
-    out_BTD, metrics = _layer(TOP2, _weights(TOP2), torch.float32)(x_BTD, True)
+    out_BTD, metrics = _layer(TOP2, _weights(TOP2), torch.float32)(x_BTD, _everyone(x_BTD), True)
     _, expected = _oracle(TOP2, _weights(TOP2), x_BTD.double().numpy(), training=True)
     assert out_BTD.dtype == torch.bfloat16
     for name in ("share_BA", "z_loss", "entropy"):
@@ -323,7 +329,7 @@ def test_all_tokens_to_one_expert_keep_the_first_of_each_row():
     out_BTD, metrics, _ = _train(TOP1, _weights(TOP1, (0, 0, 9, 0)), X_BTD)
     slots = 1  # ceil(7 / 4 * 0.5)
     assert metrics["load_BA"].tolist() == [[0, 0, T, 0]] * B
-    assert_close(metrics["dropped"], 1 - slots / T, 1e-6)
+    assert metrics["dropped"] == B * (T - slots)
     assert not out_BTD[:, slots:].any()
     assert (out_BTD[:, :slots] != 0).all()
 
@@ -363,38 +369,40 @@ def test_balance_loss_counts_the_load_over_what_it_is_told(over):
 def test_entropy_is_one_when_all_scores_are_equal_and_less_otherwise(name):
     model = MODELS[name]
     uniform = {**_weights(model), "moe.router": 0 * _weights(model)["moe.router"]}
-    assert_close(_evaluate(model, uniform, X_BTD)[1]["entropy"], 1, 1e-6)
-    assert 0.3 < _evaluate(model, _weights(model), X_BTD)[1]["entropy"] < 0.99
+    assert_close(_evaluate(model, uniform, X_BTD)[1]["entropy"], B * T, 1e-6)
+    assert 0.3 < _evaluate(model, _weights(model), X_BTD)[1]["entropy"] / (B * T) < 0.99
 
 
 def test_jitter_scales_the_routers_inputs_uniformly_and_nothing_else():
     tokens, moe = 4000, MoEConfig(pattern="all", num_experts=1, jitter=0.5, capacity_factor=1.0)
     model = ModelConfig(d_model=1, d_ff=1, num_layers=1, moe=moe)
     layer = _layer(model, {name: np.ones_like(w) for name, w in _weights(model).items()}, torch.float32)
-    out_BTD, metrics = layer(torch.ones(1, tokens, 1), True, Draw(0, 0, (0,)))
+    x_BTD = torch.ones(1, tokens, 1)
+    out_BTD, metrics = layer(x_BTD, _everyone(x_BTD), True, Draw(0, 0, (0,)))
     # One expert: the z-loss is the mean of u^2, and u uniform in 0.5 to 1.5 has 1 + 1/12.
-    assert_close(metrics["z_loss"].detach(), 1 + 1 / 12, 0.03)
+    assert_close(metrics["z_loss"].detach() / tokens, 1 + 1 / 12, 0.03)
     assert_close(out_BTD.detach(), np.full((1, tokens, 1), oracles.sigmoid(1.0)))
-    assert layer(torch.ones(1, tokens, 1), True, Draw(0, 1, (0,)))[1]["z_loss"] != metrics["z_loss"]
+    assert layer(x_BTD, _everyone(x_BTD), True, Draw(0, 1, (0,)))[1]["z_loss"] != metrics["z_loss"]
 
 
 @pytest.mark.parametrize(("training", "draw"), [(True, None), (False, Draw(0, 0, (0, 1)))], ids=["no_draw", "evaluation"])
 def test_jitter_acts_only_in_training_with_a_draw(training, draw):
     model = _model(jitter=0.5)
-    out_BTD, _ = _layer(model, _weights(model), torch.float32)(torch.tensor(X_BTD), training, draw)
+    out_BTD, _ = _layer(model, _weights(model), torch.float32)(torch.tensor(X_BTD), _everyone(X_BTD), training, draw)
     assert_close(out_BTD.detach(), _oracle(model, _weights(model), X_BTD, training)[0])
 
 
 # ------------------------------------------------------------------------------------------------------------- telling
 
 
-def test_where_asked_to_tell_choices_are_those_before_anybody_is_left_out():
+def test_where_asked_to_tell_choices_are_those_of_the_tokens_taken():
     _, told = _evaluate(NOOPS, _weights(NOOPS), X_BTD, taken_BT=torch.tensor(LEFT_OUT_BT), tell=True)
     _, silent = _evaluate(NOOPS, _weights(NOOPS), X_BTD)
     assert set(told) - set(silent) == {"experts_BTk", "margin_BT"}
-    load_BA = [torch.bincount(chosen.flatten(), minlength=7).tolist() for chosen in told["experts_BTk"]]
-    assert load_BA == silent["load_BA"].tolist()
-    assert (told["margin_BT"] > 0).all()
+    chosen_Bnk = [chosen[torch.tensor(taken)] for chosen, taken in zip(told["experts_BTk"], LEFT_OUT_BT, strict=True)]
+    assert [torch.bincount(chosen.flatten(), minlength=7).tolist() for chosen in chosen_Bnk] == told["load_BA"].tolist()
+    assert (told["experts_BTk"][~torch.tensor(LEFT_OUT_BT)] == -1).all()
+    assert torch.equal(told["margin_BT"] > 0, torch.tensor(LEFT_OUT_BT))
 
 
 @pytest.mark.parametrize("tell", [False, True])

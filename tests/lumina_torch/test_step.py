@@ -27,7 +27,7 @@ from lumina_torch.step import (
 )
 from tests.lumina_jax import oracles
 from tests.lumina_jax.oracles import assert_close
-from tests.lumina_jax.tiny import KINDS, T, V, random_batch, tiny
+from tests.lumina_jax.tiny import FILLED, KINDS, T, V, packed_batch, random_batch, tiny
 
 NO_CONTROLS = Controls(1.0, 0.0, 0.0, 0.0, True, np.zeros(1, np.int32))
 
@@ -74,8 +74,9 @@ def train(step, state, batch, steps, knobs):
 
 STEPS = 3
 # Rows and tokens of very different weight: the mean of the micro-batches' means would be far off.
-UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)) * np.array([[8], [1], [0.1], [3]])
-BATCH = random_batch() | {"weights": UNEVEN}
+UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)) * np.array([[8], [1], [0.1], [3]]) * packed_batch()["weights"]
+BATCH, REAL = packed_batch() | {"weights": UNEVEN}, packed_batch()["segments"] >= 0
+SELECTED = sum(min(length, 10) for length in FILLED)  # by depth routers, with 10 slots a row
 
 
 def double(M, over="row", moe=(), mod=()):
@@ -101,13 +102,12 @@ def plain_gradient(config, parts):
     balance = 0.0
     for layer in range(2):
         for part in parts:
-            load_A = load_LBA[layer, part].sum(0) / load_LBA[layer, part].sum()
-            balance += 5 * sum((load_A * share_LBA[layer, row]).sum() for row in part) / 4 / 2
+            load_A = load_LBA[layer, part].sum(0) / max(load_LBA[layer, part].sum(), 1)
+            balance += 5 * sum((load_A * share_LBA[layer, row]).sum() for row in part) / SELECTED / 2
     moe, mod = config.model.moe, config.model.mod
     total = (weights * nats).sum() / weights.sum() + moe.balance_weight * balance
-    total = (
-        total + moe.z_weight * metrics["moe"]["z_loss"].mean() + mod.predictor_weight * metrics["mod"]["predictor_loss"].mean()
-    )
+    total = total + moe.z_weight * metrics["moe"]["z_loss"].mean() / SELECTED
+    total = total + mod.predictor_weight * metrics["mod"]["predictor_loss"].mean() / sum(FILLED)
     total.backward()
     return {name: p.grad.numpy() for name, p in transformer.named_parameters()}, fetch(metrics)
 
@@ -173,14 +173,15 @@ def test_router_metrics_equal_the_slow_ones_summarised(exact, over, M):
     experts, depth = metrics["moe"], metrics["mod"]
     assert np.array_equal(found["moe"]["load_A"], experts["load_BA"].sum(axis=1))
     shares_of_layers = zip(experts["load_BA"], experts["share_BA"], strict=True)
-    assert_close(found["moe"]["balance_loss"], [oracles.balance_loss(*layer, PARTS[over]) for layer in shares_of_layers], 1e-12)
+    balance_L = np.array([oracles.balance_loss(*layer, PARTS[over]) for layer in shares_of_layers])
+    assert_close(found["moe"]["balance_loss"], balance_L / SELECTED, 1e-12)
     decided_LBT = depth["logit_BT"] > 0
     expected = {
-        "moe": {name: experts[name] for name in ("z_loss", "entropy", "dropped")},
+        "moe": {name: experts[name] / SELECTED for name in ("z_loss", "entropy", "dropped")},
         "mod": {
-            "predictor_loss": depth["predictor_loss"],
-            "causal_capacity": decided_LBT.mean(axis=(1, 2)),
-            "agreement": (decided_LBT == depth["taken_BT"]).mean(axis=(1, 2)),
+            "predictor_loss": depth["predictor_loss"] / sum(FILLED),
+            "causal_capacity": decided_LBT[:, REAL].mean(axis=1),
+            "agreement": (decided_LBT == depth["taken_BT"])[:, REAL].mean(axis=1),
         },
     }
     assert {*found["moe"]} == {*expected["moe"], "load_A", "balance_loss"}
@@ -232,7 +233,7 @@ def test_router_biases_move_once_a_step_against_the_load_of_all_micro_batches_an
         bias_LA = np.zeros((2, 5))  # four experts and a choice of nothing
         for arrays, metrics in exact[of]:
             load_LA = metrics["moe"]["load_A"].astype(float)
-            assert (load_LA.sum(axis=-1) == 4 * 10 * 2).all()  # rows, tokens that MoD selects of 16, choices
+            assert (load_LA.sum(axis=-1) == SELECTED * 2).all()  # choices of each
             sign_LA = np.sign(load_LA.mean(axis=1, keepdims=True) - load_LA)
             bias_LA += 0.05 * (sign_LA - sign_LA.mean(axis=1, keepdims=True))
             found = np.stack([arrays[f"blocks.{i}.moe.bias"] for i in (0, 1)])
@@ -536,6 +537,16 @@ def test_router_biases_of_interleaved_layers_follow_their_own_loads():
     for layer, heavy in ((0, 0), (2, 1), (3, 3)):
         expected = np.where(np.arange(4) == heavy, -0.15, 0.05)  # signs -1 and +1, less their mean of 0.5, times the rate
         assert_close(found[f"blocks.{layer}.moe.bias"], expected, 1e-6)
+
+
+def test_a_tie_is_one_however_many_alternatives_there_are():
+    config = tiny(moe={"bias_rate": 0.1, "num_experts": 5})
+    for load in (*range(1, 40), 16_777_217, 400_000_001):
+        transformer = init_state(config).transformer
+        update_biases(config.model, transformer, {"moe": {"load_A": torch.tensor([[load] * 5, [load + 1] + [load] * 4])}})
+        found = dict(transformer.named_buffers())
+        assert not found["blocks.0.moe.bias"].any()
+        assert_close(found["blocks.1.moe.bias"], [-0.16] + [0.04] * 4, 1e-6)
 
 
 def test_dropout_depends_on_the_step_and_on_nothing_else():
