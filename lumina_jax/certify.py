@@ -18,7 +18,7 @@ from flax import nnx
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
 from lumina.data import TokenStream
-from lumina.data.rows import Batches, Rows, RowSet, filled
+from lumina.data.rows import Batches, Rows, RowSet
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
 from lumina.interchange.state import backend_of
@@ -107,7 +107,7 @@ def examine(
     """All measures of one model, and the verdict. Raises DataError when the held-out text has too few rows."""
     B, T = config.train.batch_size // config.train.micro_batches, config.data.sequence_length
     batches = list(Batches(held_out, B, seed=0, shuffle=False).evaluation(rows))
-    real_NT = np.concatenate([filled(batch)[is_real(batch)] for batch in batches])
+    real_NT = np.concatenate([(batch["segments"] >= 0)[is_real(batch)] for batch in batches])
     N = len(real_NT)
     if N < LEAST_ROWS:
         raise DataError(f"the held-out text has {N} row of {T} tokens; a certificate needs {LEAST_ROWS}: hold out more")
@@ -248,7 +248,7 @@ def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) ->
         batch, t = batches[turn % len(batches)], lengths[turn % len(lengths)]
         whole, T = forward.hidden(batch, mode), batch["inputs"].shape[1]
         alone = forward.hidden({name: batch[name][:, :t] for name in ("inputs", "segments", "positions")}, mode)
-        counted_BT = filled(batch) & (np.arange(T) < t)
+        counted_BT = (batch["segments"] >= 0) & (np.arange(T) < t)
         comparison.add(forward, whole, padded(alone, T), counted_BT, turn % len(batches) * B)
     return {
         "what": "logits of a prefix alone against those of the whole row at the prefix",
@@ -263,7 +263,7 @@ def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[
     comparison, first_row = Comparison(), 0
     rows_NT = {name: np.concatenate([batch[name][is_real(batch)] for batch in batches]) for name in LAYOUT}
     N, T = rows_NT["inputs"].shape
-    filled_N = np.concatenate([np.sum(filled(batch), axis=1)[is_real(batch)] for batch in batches])
+    filled_N = np.sum(rows_NT["segments"] >= 0, axis=1)
     points_N = 1 + np.arange(N) * (filled_N - 1) // N  # spread over all places from 1 to T - 1, of what holds text
     another = {name: np.roll(each_NT, 1, axis=0) for name, each_NT in rows_NT.items()}
     another["segments"] += (T + 1) * (another["segments"] >= 0)
@@ -366,11 +366,10 @@ def flips_of_cache(forward: Forward, prompts: list, written: list, rows: list, l
 
 def _prompts(batches: list, length: int) -> Iterator[list[int]]:
     """Beginnings of held-out rows, of about `length` tokens, each from within one document."""
-    rows = [row for batch in batches for row in zip(batch["inputs"], batch["segments"], filled(batch), strict=True)]
-    rows = [row for row in rows if row[2].any()]
+    rows = [row for batch in batches for row in zip(batch["inputs"], batch["segments"], strict=True) if np.any(row[1] >= 0)]
     for number, row in enumerate(np.linspace(0, len(rows) - 1, min(PROMPTS, len(rows))).astype(int)):
-        inputs_T, segments_T, filled_T = rows[row]
-        last = min(max(1, length - number), int(np.sum(filled_T))) - 1
+        inputs_T, segments_T = rows[row]
+        last = min(max(1, length - number), int(np.sum(segments_T >= 0))) - 1
         yield inputs_T[: last + 1][segments_T[: last + 1] == segments_T[last]].tolist()
 
 

@@ -12,7 +12,6 @@ from flax import nnx
 
 from lumina.config import Config
 from lumina.data import Corpus
-from lumina.data.rows import filled
 from lumina.runs.directory import RunDirectory
 from lumina.runs.routing_text import HeldOut
 from lumina.runs.text import rows_of
@@ -43,7 +42,7 @@ def decisions(
         )
         found.append((experts_LBTk[:, : R - start], taken_LBT[:, : R - start]))
     experts_LRTk, taken_LRT = (np.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
-    return HeldOut(step, rows["inputs"], filled(rows), experts_LRTk, taken_LRT)
+    return HeldOut(step, rows["inputs"], rows["segments"] >= 0, experts_LRTk, taken_LRT)
 
 
 def look(run: RunDirectory, config: Config, corpus: Corpus, rows: int, best: bool) -> HeldOut:

@@ -279,7 +279,7 @@ class Tokens(NamedTuple):
 
 
 def _tokens(transformer: Transformer, segments_BT: Tensor, share: Share) -> Tokens:
-    """From a process's rows. Only positions in a segment count, and of those that a depth router selects the number is fixed."""
+    """From a process's rows. Positions in a segment count, and of those as many as depth routers select for experts."""
     real_B = (segments_BT >= 0).sum(1)
 
     def seen(block: Any) -> Tensor:

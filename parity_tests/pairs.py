@@ -20,7 +20,7 @@ from lumina.config import Config
 from lumina_jax.model import Mode, by_canonical_name, merge
 from lumina_jax.step import TrainState, init_state, state_shapes
 from lumina_torch.model import load_state, state_by_name
-from tests.lumina_jax.tiny import T, random_batch, tiny
+from tests.lumina_jax.tiny import T, packed_batch, random_batch, tiny
 
 CASES = {
     "dense": tiny("dense"),
@@ -39,16 +39,17 @@ CASES = {
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-def patterned_batch(seed: int) -> dict[str, np.ndarray]:
+def patterned_batch(seed: int, packed: bool = False) -> dict[str, np.ndarray]:
     """Rows that can be learned, each token but one in ten told by the one before it: on noise alone rounding grows a
-    thousandfold in 200 steps, as it does wherever a model learns by heart."""
+    thousandfold in 200 steps, as it does wherever a model learns by heart. Some of `packed` ones end in empty positions."""
     rng, rows = np.random.default_rng(seed), 4
     tokens = np.zeros((rows, T + 1), np.int32)
     tokens[:, 0] = rng.integers(0, 40, rows)
     for place in range(T):
         surprise = rng.random(rows) < 0.1
         tokens[:, place + 1] = np.where(surprise, rng.integers(0, 40, rows), (7 * tokens[:, place] + 3) % 40)
-    return random_batch(rows) | {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    batch = packed_batch(rows) if packed else random_batch(rows)
+    return batch | {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
 
 
 def in_float64(state: TrainState, twin: lumina_torch.step.TrainState) -> TrainState:
@@ -136,16 +137,18 @@ class Router:
         """PyTorch's selections are this one's."""
         own_top, own_select = lumina_torch.moe.top, lumina_torch.mod.select_top
 
-        def select_top(logit_BT: torch.Tensor, count: int) -> torch.Tensor:
+        def select_top(wish_BT: torch.Tensor, count: int) -> torch.Tensor:
             of, taken_BT, logits_BT = next(self._expected)
             assert of == "depth"
-            self._index_BC = own_select(logit_BT, count)
-            own_BT = np.zeros_like(taken_BT)
-            np.put_along_axis(own_BT, self._index_BC.numpy(), True, axis=1)
-            gap_BT = np.abs(logits_BT - np.sort(logits_BT, axis=1)[:, -count][:, None]) / np.abs(logits_BT).max()
+            self._index_BC = own_select(wish_BT, count)
+            own_BT = np.any(self._index_BC.numpy()[:, :, None] == np.arange(taken_BT.shape[1]), axis=1)
+            real_BT = np.isfinite(wish_BT.numpy())
+            last_B1 = np.sort(np.where(real_BT, logits_BT, -np.inf), axis=1)[:, -count, None]
+            gap_BT = np.where(real_BT, np.abs(logits_BT - last_B1), 0) / np.abs(logits_BT).max()
             self._count(own_BT != taken_BT, gap_BT)
             if self.replay:
-                self._index_BC = torch.tensor(np.nonzero(taken_BT)[1].reshape(len(taken_BT), count))
+                order_BT = np.argsort(~taken_BT, axis=1, kind="stable")[:, :count]  # those taken, in temporal order
+                self._index_BC = torch.tensor(np.where(np.take_along_axis(taken_BT, order_BT, axis=1), order_BT, -1))
             return self._index_BC
 
         def top(x_BNA: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,11 +159,14 @@ class Router:
                 experts_BNk, margin_BN = experts_BTk, margin_BT
             else:
                 index_BC = self._index_BC.numpy()
-                experts_BNk = np.take_along_axis(experts_BTk, index_BC[:, :, None], axis=1)
-                margin_BN = np.take_along_axis(margin_BT, index_BC, axis=1)
-            taken_BN = experts_BNk[:, :, 0] >= 0  # by JAX; where depth differed there is nothing to compare
+                experts_BNk = np.take_along_axis(experts_BTk, np.maximum(index_BC, 0)[:, :, None], axis=1)
+                experts_BNk = np.where(index_BC[:, :, None] >= 0, experts_BNk, -1)
+                margin_BN = np.take_along_axis(margin_BT, np.maximum(index_BC, 0), axis=1)
+            # By JAX; where depth differed, and in empty positions, there is nothing to compare.
+            taken_BN = experts_BNk[:, :, 0] >= 0
             self._count(np.any(own_BNk.numpy() != experts_BNk, axis=2) & taken_BN, margin_BN)
-            return values, torch.tensor(experts_BNk).long() if self.replay else own_BNk
+            replayed_BNk = np.where(taken_BN[:, :, None], experts_BNk, own_BNk.numpy())
+            return values, torch.tensor(replayed_BNk).long() if self.replay else own_BNk
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(lumina_torch.moe, "top", top)

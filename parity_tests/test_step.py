@@ -25,7 +25,7 @@ from lumina_torch.optimizer import moments
 from parity_tests.lanes import record
 from parity_tests.pairs import QUICK
 from tests.lumina_jax.oracles import assert_close
-from tests.lumina_jax.tiny import T, V, random_batch, tiny
+from tests.lumina_jax.tiny import T, V, packed_batch, tiny
 
 STEEP = {"bias_rate": 0.05, "balance_weight": 0.3, "z_weight": 0.2}  # router losses and biases that show
 EVERY = {
@@ -41,6 +41,7 @@ EVERY = {
 }
 # Rows and tokens of very different weight: the mean of the micro-batches' means would be far off.
 UNEVEN = np.random.default_rng(3).uniform(0, 1, (4, T)).astype(np.float32) * np.array([[8], [1], [0.1], [3]], np.float32)
+UNEVEN *= packed_batch()["weights"]
 TOKEN_BYTES = np.random.default_rng(4).integers(0, 9, V).astype(np.int32)
 
 
@@ -53,7 +54,7 @@ def scanned(monkeypatch):
 def stepped(config: Config, double: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """All that one step gives, by JAX and by PyTorch: metrics, gradients as the first moments have them, and parameters."""
     config.optim.eps = 1e-2  # Adam's direction where gradients are near zero would be their rounding
-    twin, batch = lumina_torch.step.init_state(config), random_batch() | {"weights": UNEVEN}
+    twin, batch = lumina_torch.step.init_state(config), packed_batch() | {"weights": UNEVEN}
     (shapes, graphdef), dtypes = lumina_jax.step.state_shapes(config), (jnp.float32, torch.float32)
     named = {name: tensor.detach().numpy().copy() for name, tensor in state_by_name(twin.transformer).items()}
     state = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)

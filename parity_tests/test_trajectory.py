@@ -33,7 +33,7 @@ def scanned(monkeypatch):
     monkeypatch.setattr(lumina_jax.model, "UNROLLED", 0)
 
 
-def trained(config, replay: bool, double: bool = False) -> tuple[float, Router]:
+def trained(config, replay: bool, double: bool = False, packed: bool = False) -> tuple[float, Router]:
     """Relative distance of the parameters after the steps, and what became of the decisions."""
     config = replace(config, train=replace(config.train, steps=STEPS), optim=replace(config.optim, learning_rate=3e-3))
     graphdef, state, twin = pair(config)
@@ -47,7 +47,7 @@ def trained(config, replay: bool, double: bool = False) -> tuple[float, Router]:
     first = None
     with router.in_place():
         for number in range(STEPS):
-            batch = patterned_batch(number)
+            batch = patterned_batch(number, packed)
             batch["weights"] = batch["weights"].astype(dtype)
             told = decisions(state, batch)
             state, metrics = step(state, batch, knobs)
@@ -68,10 +68,10 @@ def test_200_steps_with_the_same_routing_lead_to_the_same_parameters(case):
     assert router.decided > 0 or case == "dense"
 
 
-def test_200_steps_in_micro_batches_lead_to_the_same_parameters():
+def test_200_steps_of_packed_rows_in_micro_batches_lead_to_the_same_parameters():
     case = "hybrid"
     config = replace(CASES[case], train=replace(CASES[case].train, micro_batches=2))
-    record("trajectory, replayed", f"{case}, in 2 micro-batches", trained(config, replay=True)[0])
+    record("trajectory, replayed", f"{case}, packed rows in 2 micro-batches", trained(config, replay=True, packed=True)[0])
 
 
 def test_the_first_decision_that_differs_was_nearly_a_tie():

@@ -252,15 +252,6 @@ class Batches:
         return self.rows.gather(numbers.reshape(parts, -1)[list(blocks)].ravel())
 
 
-def filled(batch: dict[str, np.ndarray]) -> np.ndarray:
-    """Which positions of a batch hold text, bool [B, T]: those of segments in which a target counts, as in every piece that was
-    packed. Not what pieces leave of a row, nor a row that there is not; but a user's words, which no loss counts."""
-    segments_BT = batch["segments"] - batch["segments"].min(initial=0)
-    rows, T = segments_BT.shape
-    of_row_BT = segments_BT + (T + 1) * np.arange(rows)[:, None]
-    return (np.bincount(of_row_BT.ravel(), (batch["weights"] > 0).ravel(), (T + 1) * rows) > 0)[of_row_BT]
-
-
 def segments_and_positions(inputs_BT: np.ndarray, document_end_id: int) -> tuple[np.ndarray, np.ndarray]:
     """Which document of its row a token belongs to, and its place in it, both from 0, int32 [B, T].
 

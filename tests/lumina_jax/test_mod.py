@@ -20,6 +20,8 @@ from tests.lumina_jax.oracles import assert_close, assert_gradients, equations
 B, T, D = 2, 7, 5
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3], [0, 1, 2, 3, 4, 0, 9]])
 EVERYONE = np.ones((B, T), bool)
+# Of a row that has more real positions than are selected, and of one that has fewer; of one that has none.
+REAL = {"full": EVERYONE, "packed": np.arange(T) < [[5], [2]], "a_row_of_none": np.arange(T) < [[0], [6]]}
 LAYER = 2
 
 
@@ -63,22 +65,23 @@ def _inner(z_BND):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def _run(model, weights, z_BTD, top):
+def _run(model, weights, z_BTD, top, real_BT=EVERYONE):
     """Output, own metrics, and the gradients of a weighted sum of the output and the predictor loss."""
 
     def loss(weights, z_BTD):
-        out_BTD, _, own = _apply(model, weights, z_BTD, _inner, top)
+        out_BTD, _, own = _apply(model, weights, z_BTD, _inner, top, real_BT)
         return jnp.sum(COTANGENT_BTD * out_BTD) + own["predictor_loss"], (out_BTD, own)
 
     (_, (out_BTD, own)), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(weights, z_BTD)
     return out_BTD, own, gradients
 
 
-def _masked(model, weights, z_BTD, top):
+def _masked(model, weights, z_BTD, top, real_BT=EVERYONE):
     """(out [B, T, D], own metrics by row): every token computed, then the mask."""
     z_BTD = oracles.wide(z_BTD)
     weights = {name: oracles.wide(w) for name, w in weights.items()}
-    rows = [oracles.depth(model, weights, z, p, LAYER, top) for z, p in zip(z_BTD, POSITIONS_BT, strict=True)]
+    real = [np.flatnonzero(real_T) for real_T in real_BT]
+    rows = [oracles.depth(model, weights, *row[:2], LAYER, top, row[2]) for row in zip(z_BTD, POSITIONS_BT, real, strict=True)]
     chosen_BT = np.array([np.isin(range(T), chosen) for chosen, _, _ in rows])
     gate_BT = np.array([gate_T for _, gate_T, _ in rows])
     own = {name: np.array([metrics[name] for _, _, metrics in rows]) for name in rows[0][2]}
@@ -89,11 +92,15 @@ def _masked(model, weights, z_BTD, top):
 
 
 @pytest.mark.parametrize("top", [True, False], ids=["top", "causal"])
+@pytest.mark.parametrize("real", REAL)
 @pytest.mark.parametrize("model", [_model(), PREDICTED, RANDOM], ids=["router", "predictor", "random"])
-def test_equals_computing_all_and_masking_forward_and_backward(model, top):
-    out_BTD, own, (gradients, dz_BTD) = _run(model, _weights(model), Z_BTD, top)
-    expected_BTD, expected = _masked(model, _weights(model), Z_BTD, top)
-    assert np.any(expected["taken_BT"] != _masked(model, _weights(model), Z_BTD, not top)[1]["taken_BT"])  # the two differ
+def test_equals_computing_all_and_masking_forward_and_backward(model, real, top):
+    real_BT = REAL[real]
+    out_BTD, own, (gradients, dz_BTD) = _run(model, _weights(model), Z_BTD, top, real_BT)
+    expected_BTD, expected = _masked(model, _weights(model), Z_BTD, top, real_BT)
+    the_other = _masked(model, _weights(model), Z_BTD, not top, real_BT)[1]["taken_BT"]
+    assert np.any(expected["taken_BT"] != the_other) or real != "full"  # the two differ
+    assert not np.any(expected["taken_BT"] & ~real_BT)
     assert_close(out_BTD, expected_BTD)
     assert np.all(np.any(np.asarray(out_BTD) != 0, axis=-1) == expected["taken_BT"])
     assert set(own) == set(expected)
@@ -102,7 +109,7 @@ def test_equals_computing_all_and_masking_forward_and_backward(model, top):
     assert np.array_equal(own["taken_BT"], expected["taken_BT"])
 
     def loss(arrays):
-        out_BTD, own = _masked(model, arrays, arrays["z"], top)
+        out_BTD, own = _masked(model, arrays, arrays["z"], top, real_BT)
         return np.sum(COTANGENT_BTD * out_BTD) + np.sum(own["predictor_loss"])
 
     assert_gradients(loss, {"z": Z_BTD, **_weights(model)}, {"z": dz_BTD, **gradients})
@@ -119,6 +126,12 @@ def test_exactly_the_ceiling_of_capacity_times_length_are_selected(capacity, cou
 def test_ties_choose_the_earlier_position():
     index_BC = select_top(jnp.array([[2.0, 1, 1, 3, 1], [0, 0, 0, 0, 0], [1, 2, 2, 2, 1]]), 3)
     assert index_BC.tolist() == [[0, 1, 3], [0, 1, 2], [1, 2, 3]]
+
+
+def test_where_the_wish_is_minus_infinity_nothing_is_selected():
+    none = -jnp.inf
+    index_BC = select_top(jnp.array([[none, 1, none, 3, 1], [none, none, 0, none, none], [none] * 5]), 3)
+    assert index_BC.tolist() == [[1, 3, 4], [2, -1, -1], [-1] * 3]
 
 
 def test_tied_rows_still_select_exactly_the_count():

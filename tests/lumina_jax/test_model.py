@@ -70,6 +70,10 @@ INPUTS_BT = rng.integers(0, V, (B, T))
 SEGMENTS_BT = np.array([[1] * 4 + [2] * 5, [1] * 7 + [2] * 2])
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3, 4, 9], [0, 1, 2, 3, 4, 5, 9, 0, 3]])
 BATCH = (INPUTS_BT, SEGMENTS_BT, POSITIONS_BT)
+# Nothing in the last places: after more tokens than a depth router selects, and after fewer; and in a whole row.
+PACKED = (INPUTS_BT, np.where(np.arange(T) < [[7], [3]], SEGMENTS_BT, -1), POSITIONS_BT)
+A_ROW_OF_NONE = (INPUTS_BT, np.where(np.arange(T) < [[0], [8]], SEGMENTS_BT, -1), POSITIONS_BT)
+BATCHES = {"full": BATCH, "packed": PACKED, "a row of none": A_ROW_OF_NONE}
 COTANGENT_BTV = rng.standard_normal((B, T, V))
 
 
@@ -108,16 +112,24 @@ def _auxiliary(metrics, balance_loss):
 
 
 @functools.cache
-def _in_float64(config):
+def _trained(config):
+    @jax.jit
+    def run(weights, batch):
+        def loss(weights):
+            logits_BTV, metrics = _logits_and_metrics(config, weights, batch, TRAINING, jnp.float64)
+            return jnp.sum(COTANGENT_BTV * logits_BTV) + _auxiliary(metrics, balance_loss), (logits_BTV, metrics)
+
+        return jax.value_and_grad(loss, has_aux=True)(weights)
+
+    return run
+
+
+@functools.cache
+def _in_float64(config, name="full"):
     """Logits, metrics and gradients in training."""
-
-    def loss(weights):
-        logits_BTV, metrics = _logits_and_metrics(config, weights, BATCH, TRAINING, jnp.float64)
-        return jnp.sum(COTANGENT_BTV * logits_BTV) + _auxiliary(metrics, balance_loss), (logits_BTV, metrics)
-
     with jax.enable_x64(True):
         weights = {name: w.astype(np.float64) for name, w in _weights(config).items()}
-        (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(weights)
+        (_, outputs), gradients = _trained(config)(weights, BATCHES[name])
         return jax.tree.map(np.asarray, (*outputs, gradients))
 
 
@@ -131,18 +143,19 @@ def _assert_metrics_close(metrics, expected, tolerance=5e-6):
 
 
 @pytest.mark.parametrize("name", [*DEPTHS, "mixed"])
-def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(name):
-    config = (EVERY | {"mixed": MIXED})[name]
-    logits_BTV, metrics, gradients = _in_float64(config)
-    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, True)
+@pytest.mark.parametrize("of", BATCHES)
+def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(name, of):
+    config, batch = (EVERY | {"mixed": MIXED})[name], BATCHES[of]
+    logits_BTV, metrics, gradients = _in_float64(config, of)
+    expected_BTV, expected = oracles.transformer(config, _weights(config), *batch, True)
     assert_close(logits_BTV, expected_BTV, 1e-12)
     assert {group: set(m) for group, m in metrics.items()} == {group: set(m) for group, m in expected.items()}
     _assert_metrics_close(metrics, expected, 1e-12)
-    if "moe" in expected:
+    if "moe" in expected and of == "full":
         assert np.all(expected["moe"]["dropped"] > 0) == (config.moe.dispatch == "capacity")
 
     def loss(weights):
-        logits_BTV, metrics = oracles.transformer(config, weights, *BATCH, True)
+        logits_BTV, metrics = oracles.transformer(config, weights, *batch, True)
         rows = [[b] for b in range(B)]
         auxiliary = _auxiliary(metrics, lambda load_BA, share_BA: oracles.balance_loss(load_BA, share_BA, rows))
         return np.sum(COTANGENT_BTV * logits_BTV) + auxiliary
@@ -158,12 +171,13 @@ def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(nam
     [*((name, TRAINING) for name in KINDS), *((name, CAUSAL) for name in EVERY)],
     ids=[*(f"{name}, training" for name in KINDS), *(f"{name}, causal" for name in EVERY)],
 )
-def test_float32_equals_the_slow_transformer(name, mode):
-    config = EVERY[name]
+@pytest.mark.parametrize("of", BATCHES)
+def test_float32_equals_the_slow_transformer(name, mode, of):
+    config, batch = EVERY[name], BATCHES[of]
     if name in KINDS:
         assert layer_kinds(config) == [name] * 2
-    logits_BTV, metrics = _forward(config, _weights(config), BATCH, mode)
-    expected_BTV, expected = oracles.transformer(config, _weights(config), *BATCH, mode.training, mode.top)
+    logits_BTV, metrics = _forward(config, _weights(config), batch, mode)
+    expected_BTV, expected = oracles.transformer(config, _weights(config), *batch, mode.training, mode.top)
     assert_close(logits_BTV, expected_BTV)
     assert set(metrics) == set(expected)
     _assert_metrics_close(metrics, expected)
@@ -305,6 +319,22 @@ def test_tokens_through_the_caches_equal_the_whole_row_and_only_those_taken_are_
             assert cache.length.tolist() == lengths_LB[list(segment.layers(p))].tolist()
             kept = np.any(np.asarray(cache.keys) != 0, axis=(-1, -2))
             assert np.array_equal(kept, np.arange(T) < np.asarray(cache.length)[:, :, None])
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_empty_positions_hold_changes_nothing_of_the_others(name):
+    """Not a bit, of logits and gradients in training and of logits in evaluation; and no router tells of them."""
+    config, real_BT = EVERY[name], PACKED[1] >= 0
+    other = (np.where(real_BT, INPUTS_BT, (INPUTS_BT + 3) % V), *PACKED[1:2], np.where(real_BT, POSITIONS_BT, 5))
+    for mode in (TRAINING, CAUSAL):
+        (one_BTV, told), (two_BTV, told_too) = (_forward(config, _weights(config), b, mode) for b in (PACKED, other))
+        assert np.asarray(one_BTV)[real_BT].tobytes() == np.asarray(two_BTV)[real_BT].tobytes()
+        assert np.max(np.abs(one_BTV - two_BTV)) > 1e-2
+        for group in told:
+            same = set(told[group]) - {"logit_BT"}
+            assert all(np.array_equal(told[group][each], told_too[group][each]) for each in same)
+        if "mod" in told:
+            assert not np.any(told["mod"]["taken_BT"] & ~real_BT)
 
 
 # --------------------------------------------------------------------------------------------------------- options

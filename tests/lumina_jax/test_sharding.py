@@ -15,7 +15,7 @@ from lumina_jax.model import by_canonical_name
 from lumina_jax.plan import step_inputs
 from lumina_jax.step import controls, init_state, make_eval_step, make_train_step, state_shapes
 from parity_tests.lanes import record
-from tests.lumina_jax.tiny import V, random_batch, tiny
+from tests.lumina_jax.tiny import V, packed_batch, tiny
 
 # `data` alone is in test_step.py.
 MESHES = {
@@ -72,9 +72,9 @@ def _initial(name):
 
 
 def _batch(number, dtype):
-    batch = random_batch(8, number)
+    batch = packed_batch(8, number)
     uneven = np.random.default_rng(number).integers(0, 3, batch["weights"].shape)
-    return batch | {"weights": uneven.astype(dtype)}
+    return batch | {"weights": (uneven * batch["weights"]).astype(dtype)}
 
 
 def apart(found, wanted):

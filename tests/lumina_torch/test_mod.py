@@ -15,6 +15,9 @@ from tests.lumina_jax.oracles import assert_close, assert_gradients
 B, T, D = 2, 7, 5
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3], [0, 1, 2, 3, 4, 0, 9]])
 LAYER = 2
+EVERYONE = np.ones((B, T), bool)
+# Of a row that has more real positions than are selected, and of one that has fewer; of one that has none.
+REAL = {"full": EVERYONE, "packed": np.arange(T) < [[5], [2]], "a_row_of_none": np.arange(T) < [[0], [6]]}
 
 
 def _normal(*shape, seed=0):
@@ -44,8 +47,8 @@ def _weights(model):
     return WEIGHTS | (PREDICTOR if model.mod.predictor_width else {})
 
 
-def _places(positions_BT=POSITIONS_BT):
-    return Places(torch.zeros(np.shape(positions_BT)).long(), torch.tensor(positions_BT))
+def _places(real_BT=EVERYONE):
+    return Places(torch.tensor(np.where(real_BT, 0, -1)), torch.tensor(POSITIONS_BT))
 
 
 def _router(model, weights, dtype=torch.float32):
@@ -63,21 +66,22 @@ def _apply(model, weights, z_BTD, top, inner=_tanh):
     return selection.run(inner, torch.as_tensor(z_BTD), places, lambda x: {})[0], own
 
 
-def _gradients(model, weights, z_BTD, top, dtype):
+def _gradients(model, weights, z_BTD, top, dtype, real_BT=EVERYONE):
     """Output, own metrics, and the gradients of a weighted sum of the output and the predictor loss."""
     router, z_BTD = _router(model, weights, dtype), torch.tensor(z_BTD, dtype=dtype, requires_grad=True)
-    selection, own = router(z_BTD, _places(), LAYER, top)
-    out_BTD, _ = selection.run(_tanh, z_BTD, _places(), lambda x: {})
+    selection, own = router(z_BTD, _places(real_BT), LAYER, top)
+    out_BTD, _ = selection.run(_tanh, z_BTD, _places(real_BT), lambda x: {})
     ((torch.tensor(COTANGENT_BTD) * out_BTD).sum() + own["predictor_loss"]).backward()
     gradients = {"z": z_BTD.grad, **{f"mod.{name}": p.grad for name, p in router.named_parameters()}}
     return out_BTD.detach(), {name: m.detach() for name, m in own.items()}, gradients
 
 
-def _masked(model, weights, z_BTD, top):
+def _masked(model, weights, z_BTD, top, real_BT=EVERYONE):
     """(out [B, T, D], own metrics by row): every token computed, then the mask."""
     z_BTD = oracles.wide(z_BTD)
     weights = {name: oracles.wide(w) for name, w in weights.items()}
-    rows = [oracles.depth(model, weights, z, p, LAYER, top) for z, p in zip(z_BTD, POSITIONS_BT, strict=True)]
+    real = [np.flatnonzero(real_T) for real_T in real_BT]
+    rows = [oracles.depth(model, weights, *row[:2], LAYER, top, row[2]) for row in zip(z_BTD, POSITIONS_BT, real, strict=True)]
     chosen_BT = np.array([np.isin(range(T), chosen) for chosen, _, _ in rows])
     gate_BT = np.array([gate_T for _, gate_T, _ in rows])
     own = {name: np.array([metrics[name] for _, _, metrics in rows]) for name in rows[0][2]}
@@ -89,11 +93,15 @@ def _masked(model, weights, z_BTD, top):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-6), (torch.float64, 1e-12)], ids=["float32", "float64"])
 @pytest.mark.parametrize("top", [True, False], ids=["top", "causal"])
+@pytest.mark.parametrize("real", REAL)
 @pytest.mark.parametrize("model", [_model(), PREDICTED, RANDOM], ids=["router", "predictor", "random"])
-def test_equals_computing_all_and_masking_forward_and_backward(model, top, dtype, tolerance):
-    out_BTD, own, gradients = _gradients(model, _weights(model), Z_BTD, top, dtype)
-    expected_BTD, expected = _masked(model, _weights(model), Z_BTD, top)
-    assert np.any(expected["taken_BT"] != _masked(model, _weights(model), Z_BTD, not top)[1]["taken_BT"])  # the two differ
+def test_equals_computing_all_and_masking_forward_and_backward(model, real, top, dtype, tolerance):
+    real_BT = REAL[real]
+    out_BTD, own, gradients = _gradients(model, _weights(model), Z_BTD, top, dtype, real_BT)
+    expected_BTD, expected = _masked(model, _weights(model), Z_BTD, top, real_BT)
+    the_other = _masked(model, _weights(model), Z_BTD, not top, real_BT)[1]["taken_BT"]
+    assert np.any(expected["taken_BT"] != the_other) or real != "full"  # the two differ
+    assert not np.any(expected["taken_BT"] & ~real_BT)
     assert_close(out_BTD, expected_BTD, tolerance)
     assert set(own) == set(expected)
     assert_close(own["predictor_loss"], np.sum(expected["predictor_loss"]), tolerance)
@@ -101,7 +109,7 @@ def test_equals_computing_all_and_masking_forward_and_backward(model, top, dtype
     assert own["taken_BT"].tolist() == expected["taken_BT"].tolist()
 
     def loss(arrays):
-        out_BTD, own = _masked(model, arrays, arrays["z"], top)
+        out_BTD, own = _masked(model, arrays, arrays["z"], top, real_BT)
         return np.sum(COTANGENT_BTD * out_BTD) + np.sum(own["predictor_loss"])
 
     assert_gradients(loss, {"z": Z_BTD, **_weights(model)}, gradients, tolerance)
@@ -126,6 +134,12 @@ def test_exactly_the_ceiling_of_capacity_times_length_are_selected(capacity, cou
 def test_ties_choose_the_earlier_position():
     index_BC = select_top(torch.tensor([[2.0, 1, 1, 3, 1], [0, 0, 0, 0, 0], [1, 2, 2, 2, 1]]), 3)
     assert index_BC.tolist() == [[0, 1, 3], [0, 1, 2], [1, 2, 3]]
+
+
+def test_where_the_wish_is_minus_infinity_nothing_is_selected():
+    none = -torch.inf
+    index_BC = select_top(torch.tensor([[none, 1, none, 3, 1], [none, none, 0, none, none], [none] * 5]), 3)
+    assert index_BC.tolist() == [[1, 3, 4], [2, -1, -1], [-1] * 3]
 
 
 def test_ties_of_long_rows_choose_the_earlier_position():

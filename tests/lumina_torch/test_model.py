@@ -67,14 +67,16 @@ EVERY = KINDS | {
     "geglu, normed heads, epsilon": _config("none", "none", activation="geglu", qk_norm=True, norm_eps=0.1),
 }
 
-ALIKE = [name for name in EVERY if name != "mixed"]  # the slow one's causal metrics are those of layers of one kind
-
 rng = np.random.default_rng(0)
 INPUTS_BT = rng.integers(0, V, (B, T))
 # Two documents a row. The positions have gaps, so that counting anew what is there would not give them.
 SEGMENTS_BT = np.array([[1] * 4 + [2] * 5, [1] * 7 + [2] * 2])
 POSITIONS_BT = np.array([[0, 1, 2, 7, 0, 2, 3, 4, 9], [0, 1, 2, 3, 4, 5, 9, 0, 3]])
 BATCH = (INPUTS_BT, SEGMENTS_BT, POSITIONS_BT)
+# Nothing in the last places: after more tokens than a depth router selects, and after fewer; and in a whole row.
+PACKED = (INPUTS_BT, np.where(np.arange(T) < [[7], [3]], SEGMENTS_BT, -1), POSITIONS_BT)
+A_ROW_OF_NONE = (INPUTS_BT, np.where(np.arange(T) < [[0], [8]], SEGMENTS_BT, -1), POSITIONS_BT)
+BATCHES = {"full": BATCH, "packed": PACKED, "a row of none": A_ROW_OF_NONE}
 COTANGENT_BTV = rng.standard_normal((B, T, V))
 F32, F64 = torch.float32, torch.float64
 
@@ -111,9 +113,9 @@ def _auxiliary(metrics, balance_loss):
     return total + (metrics["mod"]["predictor_loss"].mean() if "mod" in metrics else 0.0)
 
 
-def _gradients(transformer, dtype=F32, **rest):
+def _gradients(transformer, dtype=F32, batch=BATCH, **rest):
     """Logits, metrics and gradients in training."""
-    logits_BTV, metrics = _logits_and_metrics(transformer, mode=TRAINING, dtype=dtype, **rest)
+    logits_BTV, metrics = _logits_and_metrics(transformer, batch, TRAINING, dtype, **rest)
     auxiliary = _auxiliary(metrics, lambda load_BA, share_BA: balance_loss(load_BA.to(share_BA.dtype), share_BA))
     ((torch.tensor(COTANGENT_BTV, dtype=dtype) * logits_BTV).sum() + auxiliary).backward()
     return logits_BTV.detach(), metrics, {name: p.grad for name, p in transformer.named_parameters()}
@@ -129,16 +131,17 @@ def _assert_metrics_close(metrics, expected, tolerance):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(name):
-    config = EVERY[name]
-    logits_BTV, metrics, gradients = _gradients(_transformer(name, F64), F64)
-    expected_BTV, expected = oracles.transformer(config, _weights(name), *BATCH, True)
+@pytest.mark.parametrize("of", BATCHES)
+def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(name, of):
+    config, batch = EVERY[name], BATCHES[of]
+    logits_BTV, metrics, gradients = _gradients(_transformer(name, F64), F64, batch)
+    expected_BTV, expected = oracles.transformer(config, _weights(name), *batch, True)
     assert_close(logits_BTV, expected_BTV, 1e-12)
     assert {group: set(m) for group, m in metrics.items()} == {group: set(m) for group, m in expected.items()}
     _assert_metrics_close(metrics, expected, 1e-12)
 
     def loss(weights):
-        logits_BTV, metrics = oracles.transformer(config, weights | fixed, *BATCH, True)
+        logits_BTV, metrics = oracles.transformer(config, weights | fixed, *batch, True)
         rows = [[b] for b in range(B)]
         auxiliary = _auxiliary(metrics, lambda load_BA, share_BA: oracles.balance_loss(load_BA, share_BA, rows))
         return np.sum(COTANGENT_BTV * logits_BTV) + auxiliary
@@ -149,13 +152,14 @@ def test_training_in_float64_equals_the_slow_transformer_with_every_gradient(nam
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [*((name, TRAINING) for name in KINDS), *((name, CAUSAL) for name in ALIKE)], ids=lambda of: str(of)[:45]
+    ("name", "mode"), [*((name, TRAINING) for name in KINDS), *((name, CAUSAL) for name in EVERY)], ids=lambda of: str(of)[:45]
 )
-def test_float32_equals_the_slow_transformer(name, mode):
-    config = EVERY[name]
+@pytest.mark.parametrize("of", BATCHES)
+def test_float32_equals_the_slow_transformer(name, mode, of):
+    config, batch = EVERY[name], BATCHES[of]
     with torch.no_grad():
-        logits_BTV, metrics = _logits_and_metrics(_transformer(name), mode=mode)
-    expected_BTV, expected = oracles.transformer(config, _weights(name), *BATCH, mode.training, mode.top)
+        logits_BTV, metrics = _logits_and_metrics(_transformer(name), batch, mode)
+    expected_BTV, expected = oracles.transformer(config, _weights(name), *batch, mode.training, mode.top)
     assert_close(logits_BTV, expected_BTV)
     _assert_metrics_close(metrics, expected, 5e-6)
     assert set(metrics) == set(expected)
@@ -169,6 +173,23 @@ def test_the_top_may_be_selected_without_dropping():
         logits_BTV, metrics = _logits_and_metrics(_transformer("moe+mod block"), mode=mode)
     assert_close(logits_BTV, oracles.transformer(EVERY["moe+mod block"], _weights("moe+mod block"), *BATCH, False, True)[0])
     assert not metrics["moe"]["dropped"].any()
+
+
+@pytest.mark.parametrize("mode", [TRAINING, CAUSAL], ids=["training", "causal"])
+@pytest.mark.parametrize("name", EVERY)
+def test_what_empty_positions_hold_changes_nothing_of_the_others(name, mode):
+    """Not a bit of any real token; and no router tells of them."""
+    real_BT = PACKED[1] >= 0
+    other = (np.where(real_BT, INPUTS_BT, (INPUTS_BT + 3) % V), PACKED[1], np.where(real_BT, POSITIONS_BT, 5))
+    with torch.no_grad():
+        (one_BTV, told), (two_BTV, told_too) = (_logits_and_metrics(_transformer(name), b, mode) for b in (PACKED, other))
+    real_BT = torch.tensor(real_BT)
+    assert torch.equal(one_BTV[real_BT], two_BTV[real_BT])
+    assert (one_BTV - two_BTV).abs().max() > 1e-2
+    for group, metrics in told.items():
+        assert all(torch.equal(metrics[each], told_too[group][each]) for each in metrics if each != "logit_BT")
+    if "mod" in told:
+        assert not (told["mod"]["taken_BT"] & ~real_BT).any()
 
 
 NOISY = {
@@ -236,7 +257,7 @@ def test_packed_documents_equal_each_alone(name):
 PIECE, WRITTEN = 4, (4, 2)
 
 
-@pytest.mark.parametrize("name", ALIKE)
+@pytest.mark.parametrize("name", EVERY)
 def test_tokens_through_the_caches_equal_the_whole_row_and_only_those_taken_are_kept(name):
     config, transformer = EVERY[name], _transformer(name, F64)
     positions_BT = np.tile(np.arange(T) * 2 + 1, (B, 1))

@@ -21,7 +21,7 @@ from lumina_torch.step import controls
 from lumina_torch.train import train_and_evaluate
 from lumina_torch.zero import Zero, join, make_shared_eval_step, make_train_step
 from tests.lumina.interchange.states import every_kind
-from tests.lumina_jax.tiny import T, V, random_batch, tiny
+from tests.lumina_jax.tiny import T, V, packed_batch, tiny
 
 STEPS, HALF, ROWS = 10, 5, 4
 OPTIM = {"learning_rate": 1e-3, "clip_norm": 0.5}
@@ -54,8 +54,9 @@ def cases():
 
 def batch(step):
     """Rows of very different weight: a mean of processes' means would be far off."""
+    packed = packed_batch(ROWS, seed=step)
     weights = np.random.default_rng(step).uniform(0, 1, (ROWS, T)) * np.array([[8], [1], [0.1], [3]])
-    return random_batch(ROWS, seed=step) | {"weights": weights.astype(np.float32)}
+    return packed | {"weights": (weights * packed["weights"]).astype(np.float32)}
 
 
 def own(place, whole):

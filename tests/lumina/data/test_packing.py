@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lumina.data import packing
 from lumina.data.packing import best_fit, kept, load, plan
-from lumina.data.rows import Batches, PackedRows
+from lumina.data.rows import EMPTY, Batches, PackedRows
 from tests.lumina.data.streams import END, Stream, documents
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=40)
@@ -86,21 +86,17 @@ def test_pieces_stay_within_documents_and_have_segments_and_positions_of_their_o
     batch = every_row(rows)
     for row in range(len(rows)):
         there, segments = batch["weights"][row] > 0, batch["segments"][row]
-        assert np.all(np.diff(segments) >= 0)
-        assert np.all(np.isin(np.diff(segments), (0, 1)))
+        used = int(there.sum())
+        assert there.tolist() == (segments != EMPTY).tolist() == [place < used for place in range(T)]
+        assert np.all(np.isin(np.diff(segments[:used]), (0, 1)))
         for segment in range(segments.max() + 1):
             own = segments == segment
             assert batch["positions"][row][own].tolist() == list(range(own.sum()))
-            assert there[own].all() or not there[own].any()
-            if there[own].any():
-                inputs, targets = batch["inputs"][row][own], batch["targets"][row][own]
-                assert END not in inputs  # an end is a target and no input
-                assert inputs.tolist() == list(range(inputs[0], inputs[0] + len(inputs)))
-                assert targets[:-1].tolist() == inputs[1:].tolist()
-            else:
-                assert own[-1]
-                assert batch["inputs"][row].tolist() == np.resize(batch["inputs"][row][~own], T).tolist()
-                assert not batch["targets"][row][own].any()
+            inputs, targets = batch["inputs"][row][own], batch["targets"][row][own]
+            assert END not in inputs  # an end is a target and no input
+            assert inputs.tolist() == list(range(inputs[0], inputs[0] + len(inputs)))
+            assert targets[:-1].tolist() == inputs[1:].tolist()
+        assert not any(batch[name][row][used:].any() for name in ("inputs", "targets", "positions"))
 
 
 @given(LENGTHS, st.integers(2, 16))
@@ -128,6 +124,7 @@ def test_evaluation_fills_the_last_batch_with_rows_of_weight_0():
     _, _, rows = packed([7] * 10, 6)
     batches = list(Batches(rows, 4, seed=0, shuffle=False).evaluation())
     assert [int((batch["weights"] > 0).any(axis=1).sum()) for batch in batches] == [4, 4, 2]
+    assert (batches[-1]["segments"][2:] == EMPTY).all()
     assert all(batch["inputs"].shape == (4, 6) for batch in batches)
 
 

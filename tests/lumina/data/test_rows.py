@@ -1,5 +1,4 @@
 import hashlib
-import itertools
 from collections import Counter
 
 import numpy as np
@@ -7,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina.data.packing import plan
-from lumina.data.rows import Batches, PackedRows, Rows, filled, permute, segments_and_positions
+from lumina.data.rows import EMPTY, Batches, Rows, permute, segments_and_positions
 from lumina.errors import ConfigError, DataError
 
 END = 9
@@ -311,15 +309,5 @@ def test_evaluation_reads_each_row_once_in_order_and_pads_with_weight_0(max_rows
     assert weights.sum() == expected * 3
     assert np.all(weights[:expected] == 1)
     assert np.all(weights[expected:] == 0)
-
-
-def test_a_position_holds_text_where_its_piece_is_whoever_said_it():
-    begins = np.array([0, 6, 9, 16, 20])
-    users = np.array([0, 0, 0, 1, 1, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 0])
-    rows = PackedRows(Stream(np.arange(20)), plan(begins, 8), Stream(users), np.array([0, 1.5], np.float32))
-    batch = rows.gather(np.arange(-1, len(rows)))
-    expected = [[t < sum(rows.plan.lengths[a:b]) for t in range(8)] for a, b in itertools.pairwise(rows.plan.rows)]
-    assert filled(batch).tolist() == [[False] * 8, *expected]
-    assert (batch["weights"] == 0)[filled(batch)].any()
-    chunks = rows_of(40, 5)
-    assert filled(chunks.gather(np.array([3, -1]))).tolist() == [[True] * 5, [False] * 5]
+    segments = np.concatenate([batch["segments"] for batch in batches])
+    assert np.all((segments == EMPTY) == (weights == 0))
