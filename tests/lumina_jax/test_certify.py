@@ -365,7 +365,9 @@ def test_every_batch_and_every_length_of_prefixes_has_its_turn(held_out):
 
 def test_causal_routing_that_takes_the_top_of_a_row_is_refused(monkeypatch, tokenizer, held_out):
     honest = MoD.__call__
-    monkeypatch.setattr(MoD, "__call__", lambda self, z, positions, layer, _, row: honest(self, z, positions, layer, True, row))
+    monkeypatch.setattr(
+        MoD, "__call__", lambda self, z, real, positions, layer, _, row: honest(self, z, real, positions, layer, True, row)
+    )
     certificate = examine(untrained("depth alone"), tokenizer, held_out)
     assert not certificate["causal"]
     assert {"prefixes alone", "swapped suffixes"} <= {each.partition(":")[0] for each in certificate["failed"]}
