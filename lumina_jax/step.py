@@ -101,7 +101,7 @@ class Tokens(NamedTuple):
 
 
 def _tokens(model: ModelConfig, segments_BT: jax.Array, axes: Axes) -> Tokens:
-    """From a device's rows. Only positions in a segment count, and of those that a depth router selects the number is fixed."""
+    """From a device's rows. Only positions in a segment count; of those that a depth router selects the number is fixed."""
     T = segments_BT.shape[1]
     real_B = jnp.sum(segments_BT >= 0, axis=1, dtype=jnp.int32)
     selected_B = jnp.minimum(real_B, capacity(T, model.mod.capacity))
