@@ -20,7 +20,7 @@ import numpy as np
 from lumina.data.rows import permute
 from lumina.runs.steps import sync_files
 
-FORMAT = 2  # part of every name: raise it when plans change meaning
+FORMAT = 3  # part of every name: raise it when plans change meaning
 ARRAYS = ("starts", "lengths", "rows")
 BLOCK_TOKENS = 2**22  # looked at once
 
@@ -111,8 +111,9 @@ def plan(
         unlearned = int(np.sum(~counting))
         pieces = pieces._replace(starts=pieces.starts[counting], lengths=pieces.lengths[counting])
     bins, count = best_fit(pieces.lengths, sequence_length)
-    # The rows come in no order of size, so that the first ones of an evaluation are like all others.
-    place = permute(np.arange(count), count, seed=0, epoch=0) if count else np.zeros(0, np.int64)
+    # The rows come in no order of size, so that the first ones of an evaluation are like all others. Training permutes what is
+    # found here once more: by epoch 0 of the same seed that would be the order of size again, and no epoch of a run is -1.
+    place = permute(np.arange(count), count, seed=0, epoch=-1) if count else np.zeros(0, np.int64)
     order = np.argsort(place[bins], kind="stable")
     rows = np.concatenate([[0], np.cumsum(np.bincount(place[bins], minlength=count))]).astype(np.int64)
     filled = int(pieces.lengths.sum())

@@ -120,6 +120,18 @@ def test_the_report_tells_of_waste_and_cuts():
     assert str(rows.plan.report) == ("3 documents in 4 packed rows, 7.50% of them empty; 1 longer than a row, cut into pieces")
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shuffle", [True, False], ids=["training", "evaluation"])
+def test_rows_come_in_no_order_of_size(seed, shuffle):
+    """The pieces of a row go with the size of its longest: packing fills rows with the longest first."""
+    *_, rows = packed(np.random.default_rng(0).integers(2, 66, 2000), 64)
+    batches = Batches(rows, 1, seed, shuffle)
+    order = np.concatenate([batches.row_numbers(step) for step in range(len(rows))])
+    pieces = np.diff(rows.plan.rows)[order]
+    assert len(rows) > 900
+    assert abs(np.corrcoef(pieces, np.arange(len(rows)))[0, 1]) < 0.13  # four standard errors
+
+
 def test_evaluation_fills_the_last_batch_with_rows_of_weight_0():
     _, _, rows = packed([7] * 10, 6)
     batches = list(Batches(rows, 4, seed=0, shuffle=False).evaluation())
