@@ -88,7 +88,7 @@ MUTANTS = [
     ),
     Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, count,", "fori_loop(0, count - 1,", STEP),
     Mutant(
-        "router losses added up over micro-batches", "lumina_jax/step.py", "else a / parts, metrics)", "else a, metrics)", STEP
+        "router losses added up over the devices of a row", "lumina_jax/step.py", "else a / same, metrics)", "else a, metrics)", MESH
     ),
     # -------------------------------------------------------------------------------------------------------- optimizer
     Mutant(
@@ -121,8 +121,8 @@ MUTANTS = [
     Mutant(
         "router bias follows the load",
         "lumina_jax/step.py",
-        "jnp.mean(load_LA, axis=-1, keepdims=True) - load_LA",
-        "load_LA - jnp.mean(load_LA, axis=-1, keepdims=True)",
+        "below_LA.astype(jnp.float32) - (load_LA > mean_L1)",
+        "(load_LA > mean_L1) - below_LA.astype(jnp.float32)",
         STEP,
     ),
     # -------------------------------------------------------------------------------------------------------- attention
@@ -246,7 +246,11 @@ MUTANTS = [
         MOE,
     ),
     Mutant(
-        "load counts tokens that are left out", "lumina_jax/moe.py", "if taken_BT is not None:", "if taken_BT is False:", MOE
+        "load counts tokens that are left out",
+        "lumina_jax/moe.py",
+        "            experts_BTk = jnp.where(taken_BT1, experts_BTk, alternatives)\n",
+        "",
+        MOE,
     ),
     Mutant("capacity rounded down", "lumina/architecture.py", "math.ceil(round(", "math.floor(round(", ARCHITECTURE),
     Mutant(
@@ -259,8 +263,8 @@ MUTANTS = [
     Mutant(
         "balance loss not times the alternatives",
         "lumina_jax/moe.py",
-        "return share_BA.shape[-1] * jnp.mean",
-        "return jnp.mean",
+        "return share_BA.shape[-1] * jnp.sum",
+        "return jnp.sum",
         MOE,
     ),
     Mutant(
@@ -273,8 +277,8 @@ MUTANTS = [
     Mutant(
         "balance over one device's rows",
         "lumina_jax/step.py",
-        'axes.sum(experts["load_A"], ROW_AXES)[:, None]',
-        'experts["load_A"][:, None]',
+        "load_LBA = axes.sum(load_LA, ROW_AXES)[:, None]",
+        "load_LBA = load_LA[:, None]",
         f"{STEP}::test_devices_and_micro_batches_change_no_metric",
     ),
     Mutant(
@@ -296,17 +300,17 @@ MUTANTS = [
     Mutant(
         "everything computed, then masked",
         "lumina_jax/mod.py",
-        "        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, None)\n",
-        "        out_BTD, metrics, cache = inner(row, x_BTD, *others, None)\n"
+        "        out_BCD, metrics, cache = inner(selected_row, x_BCD, *selected, self.index_BC >= 0)\n",
+        "        out_BTD, metrics, cache = inner(row, x_BTD, *others, self.taken_BT)\n"
         "        out_BCD = jnp.take_along_axis(out_BTD, self.index_BC[:, :, None], axis=1)\n",
         f"{MOD}::test_inner_receives_only_the_selected_tokens_of_a_fixed_number",
     ),
     Mutant(
         "the token at the threshold dropped",
         "lumina_jax/mod.py",
-        "    _, index_BC = jax.lax.top_k(logit_BT, count)\n",
-        "    value_BC, index_BC = jax.lax.top_k(logit_BT, count)\n"
-        "    index_BC = jnp.where(value_BC > value_BC[:, -1:], index_BC, index_BC[:, :1])\n",
+        "    wish_BC, index_BC = jax.lax.top_k(wish_BT, count)\n",
+        "    wish_BC, index_BC = jax.lax.top_k(wish_BT, count)\n"
+        "    index_BC = jnp.where(wish_BC > wish_BC[:, -1:], index_BC, index_BC[:, :1])\n",
         MOD,
     ),
     Mutant(
@@ -342,15 +346,15 @@ MUTANTS = [
     Mutant(
         "the cache keeps tokens that pass by",
         "lumina_jax/model.py",
-        "written = taken if written_BT is None or taken is None else written_BT & taken",
+        "written = taken if written_BT is None else written_BT & taken",
         "written = written_BT",
         MODEL,
     ),
     Mutant(
         "ties go to the later position",
         "lumina_jax/mod.py",
-        "    _, index_BC = jax.lax.top_k(logit_BT, count)",
-        "    index_BC = logit_BT.shape[1] - 1 - jax.lax.top_k(logit_BT[:, ::-1], count)[1]",
+        "    wish_BC, index_BC = jax.lax.top_k(wish_BT, count)\n",
+        "    wish_BC, index_BC = jax.lax.top_k(wish_BT[:, ::-1], count)\n    index_BC = T - 1 - index_BC\n",
         MOD,
     ),
     Mutant("evaluation takes the top of a row", "lumina_jax/mod.py", "        if top:\n", "        if True:\n", MOD),
@@ -494,8 +498,8 @@ MUTANTS = [
     Mutant(
         "each device divides by its own weight",
         "lumina_jax/step.py",
-        'weight = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)',
-        'weight = jnp.sum(batch["weights"]) * axes.row_parts',
+        'of_batch = axes.sum(jnp.sum(batch["weights"]), ROW_AXES)',
+        'of_batch = jnp.sum(batch["weights"]) * axes.row_parts',
         f"{STEP}::test_devices_and_micro_batches_change_no_parameter_moment_or_bias",
     ),
     Mutant(
@@ -1198,8 +1202,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: router losses added up over micro-batches",
         "lumina_torch/step.py",
-        "a / (M * processes) if a.is_floating_point() else a, metrics",
-        "a, metrics",
+        'micro["segments"] >= 0, tokens, balance_over',
+        'micro["segments"] >= 0, _tokens(transformer, micro["segments"], share), balance_over',
         f"{STEP_T}_micro_batches_report_what_the_whole_batch_does",
     ),
     Mutant(
@@ -1219,8 +1223,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: router bias follows the load",
         "lumina_torch/step.py",
-        "load_LA.mean(-1, keepdim=True) - load_LA",
-        "load_LA - load_LA.mean(-1, keepdim=True)",
+        "load_LA.sum(-1, keepdim=True) - load_LA.shape[-1] * load_LA",
+        "load_LA.shape[-1] * load_LA - load_LA.sum(-1, keepdim=True)",
         f"{STEP_T}_router_biases_move_once_a_step_against_the_load_of_all_micro_batches_and_stay_centred",
     ),
     Mutant(
@@ -1347,7 +1351,7 @@ MUTANTS = [
     Mutant(
         "PyTorch: the cache keeps filling",
         "lumina_torch/model.py",
-        "selection.index_BC.clamp(min=0)) & (selection.index_BC >= 0)",
+        "selection.index_BC.clamp(min=0)) & taken",
         "selection.index_BC.clamp(min=0))",
         f"{MODEL_T}_tokens_through_the_caches_equal_the_whole_row_and_only_those_taken_are_kept",
     ),
@@ -1409,8 +1413,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: load counts tokens that are left out",
         "lumina_torch/moe.py",
-        "if taken_BT is not None:",
-        "if taken_BT is False:",
+        "        experts_BTk = experts_BTk.masked_fill(left_BT1, alternatives)\n",
+        "",
         f"{MOE_T}_edges_in_float32_equal_the_loop_forward_and_backward",
     ),
     Mutant(
@@ -1445,8 +1449,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: everything computed, then masked",
         "lumina_torch/mod.py",
-        "        out_BCD, metrics = inner(x_BCD, places.at(self.index_BC), None if fixed else self.index_BC >= 0)\n",
-        "        out_BTD, metrics = inner(x_BTD, places, None if fixed else self.taken_BT)\n"
+        "        out_BCD, metrics = inner(x_BCD, places.at(self.index_BC), self.index_BC >= 0)\n",
+        "        out_BTD, metrics = inner(x_BTD, places, self.taken_BT)\n"
         "        out_BCD = take_rows(out_BTD, self.index_BC, self.slot_BT[:, :, None])\n",
         f"{MOD_T}_what_is_skipped_is_not_computed",
     ),
@@ -1460,9 +1464,9 @@ MUTANTS = [
     Mutant(
         "PyTorch: the token at the threshold dropped",
         "lumina_torch/mod.py",
-        "    return highest(logit_BT, count)[1].sort(dim=1).values\n",
-        "    values_BC, index_BC = highest(logit_BT, count)\n"
-        "    return torch.where(values_BC > values_BC[:, -1:], index_BC, index_BC[:, :1]).sort(dim=1).values\n",
+        "    wish_BC, index_BC = highest(wish_BT, count)\n",
+        "    wish_BC, index_BC = highest(wish_BT, count)\n"
+        "    index_BC = torch.where(wish_BC > wish_BC[:, -1:], index_BC, index_BC[:, :1])\n",
         f"{MOD_T}_the_token_at_the_threshold_takes_the_layer",
     ),
     Mutant(
@@ -1475,8 +1479,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: the selected out of their order",
         "lumina_torch/mod.py",
-        "highest(logit_BT, count)[1].sort(dim=1).values",
-        "highest(logit_BT, count)[1]",
+        "T).sort(dim=1).values",
+        "T)",
         f"{MOD_T}_inner_is_given_the_selected_alone_in_their_order_at_their_positions",
     ),
     Mutant(
@@ -1510,8 +1514,8 @@ MUTANTS = [
     Mutant(
         "PyTorch: random choice the same in all layers",
         "lumina_torch/mod.py",
-        "self.mod.capacity - uniform(positions_BT, layer)",
-        "self.mod.capacity - uniform(positions_BT, 0)",
+        "self.mod.capacity - uniform(places.positions_BT, layer)",
+        "self.mod.capacity - uniform(places.positions_BT, 0)",
         f"{MOD_T}_equals_computing_all_and_masking_forward_and_backward",
     ),
     # -------------------------------------------------------------------------------------------- the mirror: the whole model
