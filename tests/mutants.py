@@ -88,7 +88,11 @@ MUTANTS = [
     ),
     Mutant("last micro-batch dropped", "lumina_jax/step.py", "fori_loop(0, count,", "fori_loop(0, count - 1,", STEP),
     Mutant(
-        "router losses added up over the devices of a row", "lumina_jax/step.py", "else a / same, metrics)", "else a, metrics)", MESH
+        "router losses added up over the devices of a row",
+        "lumina_jax/step.py",
+        "else a / same, metrics)",
+        "else a, metrics)",
+        MESH,
     ),
     # -------------------------------------------------------------------------------------------------------- optimizer
     Mutant(
