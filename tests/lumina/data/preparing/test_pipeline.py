@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
-from tests.waiting import runs, until
+from tests.waiting import GIVES_UP, runs, until
 
 VOCABULARY = 300
 
@@ -289,8 +290,17 @@ def _children(pid):
     return [int(child) for children in listed for child in children]
 
 
+@pytest.fixture
+def patient_ray(monkeypatch):
+    """Ray gives its own processes half a minute to start, which a busy machine may need: here, half an hour."""
+    node = pytest.importorskip("ray._private.node")
+    monkeypatch.setenv("RAY_gcs_server_port_wait_time_s", str(int(GIVES_UP)))
+    slow = {"monotonic": lambda: 30 / GIVES_UP * time.monotonic()}
+    monkeypatch.setattr(node, "time", types.SimpleNamespace(**vars(time) | slow))
+
+
+@pytest.mark.usefixtures("patient_ray")
 def test_ray_makes_the_same_bytes(tmp_path, sources):
-    pytest.importorskip("ray")
     prepare(tmp_path / "local", *sources, recipe=RECIPE)
     prepare(tmp_path / "ray", *sources, recipe=RECIPE, engine="ray")
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
