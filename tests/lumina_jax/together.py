@@ -162,6 +162,7 @@ def train(directory, step=0, number=0, process=0):
 def run(directory, scenario, *arguments):
     if scenario == "train":
         train(directory, *arguments)
+    hosts.SILENT_BEATS = 500  # a machine that stands still for ten seconds is to end none of what follows
     join()
     print(json.dumps({"four": four, "two": two}[scenario](directory)))
 
