@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(directory.cleanup)
         os.environ["LUMINA_CACHE"] = os.path.join(directory.name, "lumina")
         os.environ["TIKTOKEN_CACHE_DIR"] = os.path.join(directory.name, "tiktoken")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(directory.name, "inductor")  # else /tmp, for all who were here
     _guard_network()
 
 
