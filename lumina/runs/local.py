@@ -169,7 +169,7 @@ def _send(children: "list[subprocess.Popen[bytes]]", number: int) -> None:
 
 @contextlib.contextmanager
 def reserved_port(port: int = 0) -> Iterator[int]:
-    """This port; for 0 one that is free, and that the system gives to nobody else who asks for any while this lasts.
+    """This port; for 0 one that is free, and that Linux gives to nobody else who asks for any while this lasts.
 
     Who is to listen there asks for it by its number: SO_REUSEADDR on both sides allows that, as nobody listens here.
     """
@@ -178,6 +178,8 @@ def reserved_port(port: int = 0) -> Iterator[int]:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", 0))
             port = int(probe.getsockname()[1])
+        if sys.platform != "linux":  # elsewhere this socket, which nobody listens on, is what others would connect to
+            probe.close()
         yield port
 
 
