@@ -15,8 +15,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# No deadline: an example's first run may compile. CI draws the same examples each time, so that a red run can be repeated.
-settings.register_profile("lumina", deadline=None, derandomize=bool(os.environ.get("CI")))
+# No deadline: an example's first run may compile. The same examples each time, so that a red run can be repeated; others with
+# --hypothesis-profile=default.
+settings.register_profile("lumina", deadline=None, derandomize=True)
 settings.load_profile("lumina")
 
 
