@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from lumina.config import load, override
 from lumina.layout import choose
 from lumina.mesh import resolve
-from lumina.planning import plan, rates
+from lumina.planning import plan
 from lumina.runs.units import duration, gib, si
 from lumina.topology import CHIPS, parse
 from lumina.traffic import transfers
@@ -227,7 +227,7 @@ def scaled() -> str:
     rows = [["chips", "mesh", "micro-batches", "GB a chip sends in a step", *groups, "MB a token"]]
     for name in CHIPS_OF:
         topology = parse(name)
-        chosen, _ = choose(config, topology.devices, topology.chip.device_memory, rates(topology))
+        chosen, _ = choose(config, topology, topology.chip.device_memory)
         split = resolve(chosen, topology.devices)
         parts = dict.fromkeys(groups, 0)
         for each in transfers(chosen, split):

@@ -8,11 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 from lumina import mesh
+from lumina import topology as topologies
 from lumina.architecture import Group, counts, layer_kinds, layer_plan, numbered, tensor_groups
 from lumina.config import Config, MeshConfig, load, override
 from lumina.errors import UsageError
 from lumina.footprint import footprint
-from lumina.layout import choose
+from lumina.layout import choose, with_mesh
 from lumina.mesh import AXES, ROWS, RULES, SEQUENCE, Sizes
 from lumina.runs.units import gib, si
 from lumina.traffic import FLOAT32, Transfer, gathered_over, layer_transfers, stored, transfers
@@ -26,12 +27,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", metavar="CONFIG", help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
     )
+    parser.add_argument(
+        "--topology", metavar="KIND:SHAPE", help=f"devices, their platform and memory at once, such as {topologies.FORMS}"
+    )
     parser.add_argument("--devices", type=int, metavar="N", help="in all (default: as many as config.mesh names)")
     parser.add_argument("--hosts", type=int, default=1, metavar="N", help="that the devices are in, evenly (default: 1)")
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="of a device: choose a mesh and micro-batches that fit, and say why"
     )
-    parser.add_argument("--platform", choices=PLATFORMS, default="tpu", help="whose kernels are told (default: tpu)")
+    parser.add_argument("--platform", choices=PLATFORMS, help="whose kernels are told (default: the topology's, else tpu)")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
 
 
@@ -45,18 +49,29 @@ def tell(arguments: argparse.Namespace, kernels: Kernels) -> None:
     for axis in AXES:
         named *= max(1, getattr(config.mesh, axis))
     devices = arguments.devices or named
-    if arguments.memory is not None:
-        config, why = choose(config, devices, int(arguments.memory * 2**30))
+    platform = arguments.platform or "tpu"
+    if arguments.topology:
+        for flag in ("devices", "memory", "platform"):
+            if getattr(arguments, flag) is not None:
+                raise UsageError(f"--{flag} with --topology: a topology has its own; leave one of them out")
+        topology = topologies.parse(arguments.topology)
+        devices, platform = topology.devices, topology.chip.platform
+        config, why = with_mesh(config, topology, topology.chip.device_memory)
+    elif arguments.memory is not None:
+        topology = topologies.unnamed("devices without a --topology", platform, devices)
+        config, why = choose(config, topology, int(arguments.memory * 2**30))
     elif config.mesh.auto and devices > 1 and not mesh.named(config.mesh):
-        raise UsageError("mesh.auto = True: needs the memory of a device to choose by; give it, as in --memory 80")
+        raise UsageError(
+            "mesh.auto = True: needs the memory of a device to choose by; give it, as in --memory 80 or --topology v5p:4x4x4"
+        )
     elif config.mesh.auto and not mesh.named(config.mesh):
-        why = "mesh.auto: the mesh is chosen for the devices at hand; --devices and --memory tell which"
+        why = "mesh.auto: the mesh is chosen for the devices at hand; --topology, or --devices and --memory, tell which"
     sizes = mesh.resolve(config, devices)
     if sizes.devices % arguments.hosts:
         raise UsageError(f"--hosts = {arguments.hosts}: must divide the {sizes.devices} devices of the mesh")
     config = replace(config, mesh=MeshConfig(**sizes._asdict()))
-    found = explain(config, sizes, arguments.hosts, kernels(config, arguments.platform))
-    found = {"config": arguments.config, "platform": arguments.platform, "chosen": why, **found}
+    found = explain(config, sizes, arguments.hosts, kernels(config, platform))
+    found = {"config": arguments.config, "platform": platform, "chosen": why, **found}
     print(json.dumps(found, indent=2) if arguments.json else text(found))
 
 

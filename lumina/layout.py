@@ -1,4 +1,7 @@
-"""Which mesh for a number of devices: every one that there could be, and the one that fits their memory and sends the least."""
+"""Which mesh, micro-batches and remat policy for some devices: all that there could be, ranked by one rule for all who ask.
+
+Of what fits their memory by our estimate, it is the one whose step should be the shortest (`lumina.roofline.step_seconds`).
+"""
 
 import bisect
 from collections.abc import Iterator
@@ -7,40 +10,43 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from lumina import mesh
-from lumina.architecture import counts
 from lumina.config import Config, MeshConfig
 from lumina.errors import ConfigError
 from lumina.footprint import footprint
 from lumina.mesh import AXES, Sizes
-from lumina.runs.units import duration, gib
+from lumina.roofline import executed_flops, step_seconds
+from lumina.runs.units import gib
+from lumina.topology import FLOPS_A_LINK_BYTE, FLOPS_A_MEMORY_BYTE, Topology
 from lumina.traffic import transfers
 
 SHARE = 0.9  # of a device's memory; the rest is for what the estimate misses, the compiler's buffers and the collectives'
 TOLD = 3  # layouts passed over that are told
-WHOLE_WEIGHTS = ("weights", "weights of embedding and head", "gradients")  # sent while something else is computed
-
-
-class Rates(NamedTuple):
-    """How fast one device is."""
-
-    flops: float  # a second, in the compute dtype
-    bandwidth: float  # bytes a second that it sends to the others
+REMAT = ("none", "dots", "full")
 
 
 class Layout(NamedTuple):
     """A mesh with the fewest micro-batches that fit, or that need the least where none does."""
 
     sizes: Sizes
+    remat: str
     micro_batches: int
     needed: int  # bytes on a device
     sent: int  # bytes of a device in a step
-    seconds: float  # of a step at the given rates; without rates 0
+    computing: float  # seconds of a step's FLOPs alone
+    seconds: float  # expected of a step
 
     @property
     def rank(self) -> tuple:
-        """Lower is better: time, else bytes; then fewer micro-batches; then the plainer mesh, and `data` before the others."""
+        """Lower is better: time; then bytes; then fewer micro-batches; then the plainer mesh, and `data` before the others."""
         plain = sum(size > 1 for size in self.sizes)
         return self.seconds, self.sent, self.micro_batches, plain, tuple(-size for size in self.sizes)
+
+    def of(self, config: Config) -> Config:
+        """A copy of `config`, split so."""
+        split = deepcopy(config)
+        split.mesh = MeshConfig(**self.sizes._asdict(), auto=config.mesh.auto)
+        split.train.micro_batches, split.train.remat = self.micro_batches, self.remat
+        return split
 
 
 def candidates(config: Config, devices: int) -> list[Sizes]:
@@ -63,26 +69,45 @@ def micro_batches(config: Config, sizes: Sizes) -> list[int]:
     return [n for n in range(1, rows + 1) if rows % n == 0 and (not decided or n == config.train.micro_batches)]
 
 
-def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None = None) -> tuple[Config, str]:
-    """`config` with a mesh and micro-batches for so many devices of so much memory, and why, in a few lines.
+def usable(memory_bytes: int) -> int:
+    """Bytes of a device that an estimate may take."""
+    return int(memory_bytes * SHARE)
 
-    Of the layouts that fit, it is the one whose step is the shortest at `rates`; without them, that sends the fewest bytes, as
-    all compute the same.
+
+def layouts(config: Config, topology: Topology, memory_bytes: int, remats: tuple[str, ...] = REMAT) -> list[Layout]:
+    """Every mesh and remat policy for the topology, each with the fewest micro-batches that fit; the best of all first.
+
+    What does not fit is there as well. Where no datasheet tells how fast a device is, ratios of speeds are assumed.
+    """
+    meshes = [sizes for sizes in candidates(config, topology.devices) if micro_batches(config, sizes)]
+    meshes = [sizes for sizes in meshes if sizes.data % topology.slices == 0]  # only `data` goes over the network of slices
+    if config.model.moe.pattern == "none":  # without experts their axis does what fsdp does
+        meshes = [sizes for sizes in meshes if sizes.expert == 1] or meshes
+    topology = topology._replace(chip=topology.chip.filled())
+    found = [
+        _best(replace(config, train=replace(config.train, remat=remat)), sizes, topology, usable(memory_bytes))
+        for remat in remats
+        for sizes in meshes
+    ]
+    return sorted(found, key=lambda one: one.rank)
+
+
+def choose(config: Config, topology: Topology, memory_bytes: int) -> tuple[Config, str]:
+    """`config` with a mesh and micro-batches for a topology whose devices have so much memory, and why, in a few lines.
+
+    Depends on nothing but its arguments, so that all processes of a run choose the same.
 
     Raises ConfigError where no layout fits, or the devices cannot split the model at all.
     """
-    usable = int(memory_bytes * SHARE)
-    meshes = [sizes for sizes in candidates(config, devices) if micro_batches(config, sizes)]
-    if config.model.moe.pattern == "none":  # without experts their axis does what fsdp does
-        meshes = [sizes for sizes in meshes if sizes.expert == 1] or meshes
-    found = sorted((_best(config, sizes, usable, rates) for sizes in meshes), key=lambda one: one.rank)
+    devices, found = topology.devices, layouts(config, topology, memory_bytes, (config.train.remat,))
     if not found:
         fits = max((n for n in range(1, devices) if candidates(config, n)), default=1)
         raise ConfigError(
             f"mesh.auto: {devices} devices cannot share train.batch_size = {config.train.batch_size} rows and the tensors of "
             f"this model; {fits} can"
         )
-    fitting = [one for one in found if one.needed <= usable]
+    limit = usable(memory_bytes)
+    fitting = [one for one in found if one.needed <= limit]
     given = f"{devices} devices of {gib(memory_bytes)}, of which {SHARE:.0%} are used"
     if not fitting:
         least = min(found, key=lambda one: (one.needed, one.rank))
@@ -91,15 +116,22 @@ def choose(config: Config, devices: int, memory_bytes: int, rates: Rates | None 
             f"mesh.auto: no layout fits {given}; the least, {_named(config, least)}, needs {gib(least.needed)}; "
             f"use more devices or {instead}"
         )
-    best = fitting[0]
-    lines = [f"{given}", f"chosen: {_named(config, best)}: needs {gib(best.needed)}, {_cost(best)}"]
+    best, known = fitting[0], bool(topology.chip.peak_flops)
+    lines = [f"{given}; {_speeds(topology)}"]
+    lines.append(
+        f"chosen, of those that fit the fastest: {_named(config, best)}: needs {gib(best.needed)}, {_cost(best, known)}"
+    )
     too_large = [one for one in found if one.rank < best.rank]
-    lines += [f"passed over: {one.sizes}: needs {gib(one.needed)} of {gib(usable)}" for one in too_large[:TOLD]]
-    lines += [f"passed over: {one.sizes}: fits, {_cost(one)}" for one in fitting[1:2]]
-    chosen = deepcopy(config)
-    chosen.mesh = MeshConfig(**best.sizes._asdict(), auto=config.mesh.auto)
-    chosen.train.micro_batches = best.micro_batches
-    return chosen, "\n".join(lines)
+    lines += [f"passed over: {one.sizes}: needs {gib(one.needed)} of {gib(limit)}" for one in too_large[:TOLD]]
+    lines += [f"passed over: {one.sizes}: fits, {_cost(one, known)}" for one in fitting[1:2]]
+    return best.of(config), "\n".join(lines)
+
+
+def with_mesh(config: Config, topology: Topology, memory_bytes: int) -> tuple[Config, str]:
+    """`choose` where the config names no mesh and the memory is known; a mesh that it names is taken as it is."""
+    if mesh.named(config.mesh) or not memory_bytes:
+        return config, ""
+    return choose(config, topology, memory_bytes)
 
 
 def _factored(product: int, parts: int) -> Iterator[tuple[int, ...]]:
@@ -113,7 +145,7 @@ def _factored(product: int, parts: int) -> Iterator[tuple[int, ...]]:
                 yield first, *rest
 
 
-def _best(config: Config, sizes: Sizes, usable: int, rates: Rates | None) -> Layout:
+def _best(config: Config, sizes: Sizes, topology: Topology, limit: int) -> Layout:
     def divided(count: int) -> Config:
         return replace(config, train=replace(config.train, micro_batches=count))
 
@@ -122,19 +154,17 @@ def _best(config: Config, sizes: Sizes, usable: int, rates: Rates | None) -> Lay
 
     allowed = micro_batches(config, sizes)
     count = allowed[0]
-    if needed(count) > usable and len(allowed) > 1:  # from two on there is a second gradient
+    if needed(count) > limit and len(allowed) > 1:  # from two on there is a second gradient
         several = allowed[1:]
-        first = bisect.bisect_left(several, True, key=lambda count: needed(count) <= usable)
+        first = bisect.bisect_left(several, True, key=lambda count: needed(count) <= limit)
         count = several[min(first, len(several) - 1)]
-        count = count if needed(count) <= usable or needed(count) < needed(1) else 1
-    sent = transfers(divided(count), sizes)
-    seconds = 0.0
-    if rates:
-        tokens = config.train.batch_size * config.data.sequence_length
-        computing = counts(config).training_flops * tokens / sizes.devices / rates.flops
-        hidden = sum(each.bytes for each in sent if each.what in WHOLE_WEIGHTS) / rates.bandwidth
-        seconds = max(computing, hidden) + sum(each.bytes for each in sent) / rates.bandwidth - hidden
-    return Layout(sizes, count, needed(count), sum(each.bytes for each in sent), seconds)
+        count = count if needed(count) <= limit or needed(count) < needed(1) else 1
+    split = divided(count)
+    parts, sent = footprint(split, sizes), transfers(split, sizes)
+    computing = executed_flops(split) / (topology.chips * topology.chip.peak_flops)
+    seconds = step_seconds(split, topology, sizes, parts, sent)
+    whole = sum(each.bytes for each in sent)
+    return Layout(sizes, config.train.remat, count, parts.total, whole, computing, seconds)
 
 
 def _named(config: Config, layout: Layout) -> str:
@@ -143,6 +173,15 @@ def _named(config: Config, layout: Layout) -> str:
     return f"{layout.sizes}, {several}, {rows} row{'s' if rows > 1 else ''} of a device at a time"
 
 
-def _cost(layout: Layout) -> str:
-    took = f", takes about {duration(layout.seconds)} at the given rates" if layout.seconds else ""
-    return f"sends {gib(layout.sent)} a step{took}"
+def _speeds(topology: Topology) -> str:
+    if topology.chip.peak_flops:
+        return f"speeds as the maker of {topology.chip.name} promises them"
+    return (
+        f"speeds of {topology.chip.name} are not known: assumed that a byte of memory takes as long as {FLOPS_A_MEMORY_BYTE:,} "
+        f"FLOPs, and a byte sent as {FLOPS_A_LINK_BYTE:,}"
+    )
+
+
+def _cost(layout: Layout, known: bool) -> str:
+    took = f"{layout.seconds:.3g} s, " if known else ""
+    return f"sends {gib(layout.sent)} a step, takes about {took}{layout.seconds / layout.computing:.2f} times its computing"

@@ -13,7 +13,9 @@ def page(plan: dict[str, Any]) -> str:
 
 def ranking(found: dict[str, Any]) -> str:
     """What a search found, best first."""
-    rows = [["mesh", "remat", "micro-batches", "estimate", "compiler", "fits", "step at best", "in turn", "MFU at most"]]
+    rows = [
+        ["mesh", "remat", "micro-batches", "estimate", "compiler", "fits", "step about", "at best", "in turn", "MFU at most"]
+    ]
     for plan in found["plans"]:
         memory, told = plan["memory"], plan["roofline"]
         compiler = gib(memory["needed"]) if "state" in memory else ""
@@ -26,6 +28,7 @@ def ranking(found: dict[str, Any]) -> str:
                 gib(memory["estimate"]["total"]),
                 compiler,
                 verdict,
+                f"{told['expected']:.4g} s",
                 f"{told['at_best']['seconds']:.4g} s",
                 f"{told['in_turn']['seconds']:.4g} s",
                 f"{told['at_best']['mfu']:.1%}",
@@ -131,7 +134,8 @@ def roofline(plan: dict[str, Any]) -> str:
                 si(each["chip_hours"]),
             ]
         )
-    return table(rows) + "\n\n" + table(later)
+    expected = f"expected, by which ways to split it are ranked: {told['expected']:.4g} s"
+    return table(rows) + "\n\n" + table(later) + "\n" + expected
 
 
 def constants(plan: dict[str, Any]) -> str:

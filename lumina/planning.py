@@ -19,10 +19,9 @@ from lumina import topology as topologies
 from lumina.config import Config, load, override, to_dict
 from lumina.errors import ConfigError, UsageError
 from lumina.footprint import Footprint, footprint
-from lumina.layout import Rates, choose
-from lumina.mesh import named, resolve
-from lumina.roofline import Bounds, attention_flops, bounds, executed_flops, model_flops, touched_bytes
-from lumina.search import search, usable
+from lumina.layout import layouts, usable, with_mesh
+from lumina.mesh import resolve
+from lumina.roofline import Bounds, attention_flops, bounds, executed_flops, model_flops, step_seconds, touched_bytes
 from lumina.topology import Topology
 from lumina.traffic import transfers
 
@@ -120,22 +119,6 @@ def _wait(process: subprocess.Popen, what: str, expected: float | None) -> None:
         print(file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------------------------------- mesh
-
-
-def rates(topology: Topology) -> Rates | None:
-    """How fast one device is; None where no datasheet tells."""
-    chip = topology.chip
-    return Rates(chip.peak_flops / chip.devices, chip.link_bandwidth / chip.devices) if chip.peak_flops else None
-
-
-def with_mesh(config: Config, topology: Topology) -> tuple[Config, str]:
-    """`config` with a mesh chosen for the topology where it names none, and why; a mesh that it names is taken as it is."""
-    if named(config.mesh) or not topology.chip.device_memory:
-        return config, ""
-    return choose(config, topology.devices, topology.chip.device_memory, rates(topology))
-
-
 # ----------------------------------------------------------------------------------------------------------------- plan
 
 
@@ -174,6 +157,7 @@ def plan(
         result["seconds"] = found["seconds"]
     if topology.chip.peak_flops:
         result["roofline"] = times(config, bounds(topology, sizes, flops, touched, sent), topology, budget)
+        result["roofline"]["expected"] = step_seconds(config, topology, sizes, parts, sent)
     return result
 
 
@@ -249,7 +233,7 @@ def tell(arguments: argparse.Namespace) -> None:
         found = named | searched(config, topology, arguments.tokens, 0 if arguments.analytic else arguments.search)
         print(json.dumps(found, indent=2) if arguments.json else plan_text.ranking(found))
         return
-    config, why = with_mesh(config, topology)
+    config, why = with_mesh(config, topology, topology.chip.device_memory)
     found = named | plan(config, topology, arguments.tokens, arguments.analytic) | {"chosen": why}
     print(json.dumps(found, indent=2) if arguments.json else plan_text.page(found))
 
@@ -265,7 +249,8 @@ def searched(config: Config, topology: Topology, tokens: float | None, compiled:
         raise UsageError(
             f"--topology {topology}: --search needs the memory of a device, which no datasheet tells of a processor"
         )
-    found = search(config, topology, usable(topology))
+    limit = usable(topology.chip.device_memory)
+    found = [each for each in layouts(config, topology, topology.chip.device_memory) if each.needed <= limit]
     if not found:
         raise ConfigError(
             f"--topology {topology}: no mesh, remat policy and micro-batches fit; use more devices or shorter rows"

@@ -4,15 +4,18 @@ Bounds, not forecasts: each is a time below which no schedule gets. T positions 
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from lumina.architecture import block_tensors, capacity, counts, expert_capacity, layer_kinds, layer_plan, tensor_groups, use_of
+from lumina.architecture import block_tensors, capacity, counts, expert_capacity, layer_kinds, tensor_groups, use_of
 from lumina.config import Config
 from lumina.footprint import Footprint
 from lumina.mesh import AXES, Sizes
 from lumina.topology import Topology
-from lumina.traffic import Transfer, compute_width, computed
+from lumina.traffic import Transfer, compute_width, computed, plan
+
+WHOLE_WEIGHTS = ("weights", "weights of embedding and head", "gradients")  # sent while something else is computed
 
 
 class Bounds(NamedTuple):
@@ -53,13 +56,13 @@ def executed_flops(config: Config) -> int:
     if model.moe.balance_over == "batch" and config.train.micro_batches > 1:
         passes += 1  # for the load of the whole batch
     a_token = 6.0 * model.d_model * model.vocab_size  # the head's are formed with the loss, and never again
-    for kind in layer_kinds(model):
+    for kind, layers in Counter(layer_kinds(model)).items():
         products, attention, experts = layer_flops(config, kind)
-        a_token += passes * (products + attention + experts)
+        a_token += layers * passes * (products + attention + experts)
         if remat == "dots":  # keeps products with weights, but neither attention's nor those of experts, which are batched
-            a_token += attention + experts
+            a_token += layers * (attention + experts)
     if remat == "full":  # what a layer adds to the residual is not needed again, unless a gate has been multiplied with it
-        for segment in layer_plan(layer_kinds(model)):
+        for segment in plan(config):
             a_token -= segment.repeats * 2 * model.d_ff * model.d_model * (segment.kinds[-1] == "dense")
     return round(a_token * config.train.batch_size * config.data.sequence_length)
 
@@ -67,7 +70,7 @@ def executed_flops(config: Config) -> int:
 def attention_flops(config: Config) -> int:
     """The part of `executed_flops` that kernels of attention do."""
     again = 4 if config.train.remat != "none" else 3
-    a_token = sum(layer_flops(config, kind)[1] for kind in layer_kinds(config.model))
+    a_token = sum(layers * layer_flops(config, kind)[1] for kind, layers in Counter(layer_kinds(config.model)).items())
     return round(again * a_token * config.train.batch_size * config.data.sequence_length)
 
 
@@ -124,6 +127,20 @@ def bounds(topology: Topology, sizes: Sizes, flops: int, touched: int, traffic: 
         links=links / (chip.link_bandwidth / chip.devices),
         network=network / (chip.network_bandwidth / chip.devices) if network else 0.0,
     )
+
+
+def step_seconds(config: Config, topology: Topology, sizes: Sizes, parts: Footprint, traffic: Iterable[Transfer]) -> float:
+    """Seconds of a step by which ways to split it are ranked: what its work takes at least, and what it then waits for.
+
+    Weights are gathered, and gradients scattered, while something else is computed; tokens, keys and the residual stream, which
+    the next product needs, are waited for.
+    """
+    traffic = list(traffic)
+    hidden = [each for each in traffic if each.what in WHOLE_WEIGHTS]
+    waited = [each for each in traffic if each.what not in WHOLE_WEIGHTS]
+    work = bounds(topology, sizes, executed_flops(config), touched_bytes(config, sizes, parts), hidden)
+    waits = bounds(topology, sizes, 0, 0, waited)
+    return max(work.compute, work.memory, work.links + work.network) + waits.links + waits.network
 
 
 def split_traffic(traffic: Iterable[Transfer], sizes: Sizes, linked: int) -> tuple[float, float]:

@@ -11,6 +11,9 @@ from lumina.errors import UsageError
 from lumina.validation import nearest
 
 GIB, GB, TERA = 2**30, 10**9, 10**12
+SPEEDS = ("peak_flops", "memory_bandwidth", "link_bandwidth", "network_bandwidth")
+# Assumed of a chip that is not in the table: near the middle of those that are.
+FLOPS_A_MEMORY_BYTE, FLOPS_A_LINK_BYTE, LINK_BYTES_A_NETWORK_BYTE = 250, 2000, 25
 CLOUD = "https://cloud.google.com/tpu/docs/"
 
 
@@ -32,6 +35,22 @@ class Chip(NamedTuple):
     @property
     def device_memory(self) -> int:
         return self.memory_bytes // self.devices
+
+    def each(self) -> "Chip":
+        """One of its devices, as a chip of its own."""
+        parts = {name: getattr(self, name) / self.devices for name in SPEEDS}
+        return self._replace(**parts, memory_bytes=self.device_memory, devices=1)
+
+    def filled(self) -> "Chip":
+        """With assumed ratios in place of what no datasheet tells; of a chip without any, times are in a unit of no meaning."""
+        peak = self.peak_flops or 1.0
+        links = self.link_bandwidth or peak / FLOPS_A_LINK_BYTE
+        return self._replace(
+            peak_flops=peak,
+            memory_bandwidth=self.memory_bandwidth or peak / FLOPS_A_MEMORY_BYTE,
+            link_bandwidth=links,
+            network_bandwidth=self.network_bandwidth or links / LINK_BYTES_A_NETWORK_BYTE,
+        )
 
     def constants(self) -> dict[str, float | int | str]:
         """The figures that a plan rests on, with their source."""
@@ -79,6 +98,20 @@ CHIPS = {
 }
 TPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "tpu")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.platform == "gpu")
+KINDS = {  # as JAX names the kind of a device
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
+    "NVIDIA A100-SXM4-80GB": "a100",
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+}
 LARGEST = 16384  # devices that a plan is made for
 FORMS = f"{TPUS[2]}:8x8x16, {TPUS[1]}:16x16*4 (four slices), gpu:h200x64 or cpu:8"
 
@@ -114,6 +147,18 @@ class Topology(NamedTuple):
         if self.chip.platform == "gpu":
             return f"gpu:{self.chip.name}x{self.chips}"
         return self.layout + (f"*{self.slices}" if self.slices > 1 else "")
+
+
+def unnamed(name: str, platform: str, devices: int, slices: int = 1) -> Topology:
+    """So many devices of which no datasheet is at hand, all joined by the same links within a slice."""
+    return Topology(Chip(name, platform, 0, 0, 0, 0, 0, 0, LARGEST, 1, "none"), (devices // slices,), slices)
+
+
+def at_hand(kind: str, platform: str, devices: int, slices: int = 1) -> Topology:
+    """The devices that JAX sees, by the name that it has for them; those that the table has not are `unnamed`."""
+    if kind not in KINDS:
+        return unnamed(kind, platform, devices, slices)
+    return Topology(CHIPS[KINDS[kind]].each(), (devices // slices,), slices)
 
 
 def parse(text: str) -> Topology:

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.auto import free_memory
 from lumina.config import Config
+from lumina.topology import Topology
+from lumina.topology import at_hand as topology_of
 from lumina_jax.attend import choose_attention
 from lumina_jax.grouped import choose_grouped
-from lumina_jax.mesh import axes_of
+from lumina_jax.mesh import axes_of, slices_of
 
 
 def describe(mesh: Mesh) -> str:
@@ -76,6 +78,12 @@ def compiled_memory(compiled: Any) -> int:
     sizes = compiled.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
     return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+
+
+def at_hand() -> Topology:
+    """All devices of the run, the same on every process."""
+    devices = jax.devices()
+    return topology_of(devices[0].device_kind, devices[0].platform, len(devices), slices_of(devices))
 
 
 def memory_of_each() -> int:

@@ -36,15 +36,20 @@ def make_mesh(config: Config, devices: Any = None) -> Mesh:
     return mesh_of(sizes, devices[: sizes.devices])
 
 
+def slices_of(devices: Any) -> int:
+    """Parts of the devices that only a network joins: those of a TPU."""
+    return len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+
+
 def mesh_of(sizes: Sizes, devices: Any) -> Mesh:
     """A mesh of these devices: its axes along the wires of a TPU, `data` over its slices; elsewhere in their order."""
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 0
-    if sizes.data % max(slices, 1):
+    slices = slices_of(devices)
+    if sizes.data % slices:
         raise ConfigError(f"mesh.data = {sizes.data}: must be a multiple of {slices}, the slices that a network joins")
     if slices > 1:
         within, over = (sizes.data // slices, *sizes[1:]), (slices, 1, 1, 1, 1)
         arranged = mesh_utils.create_hybrid_device_mesh(within, over, devices, allow_split_physical_axes=True)
-    elif slices:
+    elif devices[0].platform == "tpu":
         arranged = mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
     else:
         arranged = np.array(devices).reshape(tuple(sizes))

@@ -69,7 +69,7 @@ class Trainer:
 
         from lumina.layout import choose
         from lumina_jax.allocator import keep_large_buffers
-        from lumina_jax.device import describe, memory_of_each
+        from lumina_jax.device import at_hand, describe, memory_of_each
         from lumina_jax.hosts import agreed, join, require_same
         from lumina_jax.mesh import axes_of, make_mesh, row_blocks, shaped, shardings
         from lumina_jax.step import init_state, state_shapes
@@ -78,7 +78,7 @@ class Trainer:
         join()
         self.why_mesh = ""
         if config.mesh.auto and not named(config.mesh):
-            config, self.why_mesh = choose(config, jax.device_count(), agreed(memory_of_each() >> 20) << 20)
+            config, self.why_mesh = choose(config, at_hand(), agreed(memory_of_each() >> 20) << 20)
         self.mesh = make_mesh(config)
         self.config = config = replace(config, mesh=MeshConfig(**axes_of(self.mesh)._asdict()))
         self.versions, self.device = {"jax": jax.__version__}, describe(self.mesh)

@@ -166,6 +166,7 @@ def test_with_a_devices_memory_the_command_chooses_a_mesh(capsys):
         (["--devices", "0"], UsageError, "--devices = 0: must be above 0"),
         (["--hosts", "3", "--devices", "4"], UsageError, "--hosts = 3: must divide the 4 devices"),
         (["--config.mesh.auto=True", "--devices", "2"], UsageError, "mesh.auto = True: needs the memory"),
+        (["--topology", "v5e:2x2", "--devices", "2"], UsageError, "--devices with --topology"),
         (["--devices", "16"], ConfigError, "mesh.data = 16"),
         (["--devices", "2", "--config.mesh.tensor=2"], ConfigError, "kv_heads, which cannot be split into 2"),
         (["--config.model.attention_form=splash", "--platform", "cpu"], ConfigError, "splash runs on tpu, not on cpu"),

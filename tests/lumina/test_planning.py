@@ -8,10 +8,10 @@ from lumina import cli, planning
 from lumina.config import load, override
 from lumina.errors import ConfigError, UsageError
 from lumina.footprint import footprint
-from lumina.mesh import Sizes
-from lumina.planning import memory_of, plan, times, with_mesh
+from lumina.layout import with_mesh
+from lumina.mesh import Sizes, resolve
+from lumina.planning import memory_of, plan, times
 from lumina.roofline import Bounds, model_flops
-from lumina.search import search, usable
 from lumina.topology import parse
 
 SPLIT = ["--config.mesh.data=1", "--config.mesh.fsdp=64", "--config.train.micro_batches=4"]
@@ -40,11 +40,27 @@ def test_the_table_says_whether_it_fits_and_what_binds(capsys):
 
 def test_a_mesh_is_chosen_where_none_is_named_and_says_why():
     topology = parse("v6e:4x4")
-    chosen, why = with_mesh(load("b1"), topology)
-    assert "chosen: " in why
+    chosen, why = with_mesh(load("b1"), topology, topology.chip.device_memory)
+    assert "chosen, of those that fit the fastest: " in why
     assert plan(chosen, topology, analytic=True)["devices"] == 16
     named = override(load("b1"), ["--config.mesh.fsdp=16"])
-    assert with_mesh(named, topology) == (named, "")
+    assert with_mesh(named, topology, topology.chip.device_memory) == (named, "")
+
+
+def test_plan_explain_and_search_take_the_same_mesh(capsys):
+    def told(*arguments):
+        cli.run([*arguments, "--json"])
+        return json.loads(capsys.readouterr().out)
+
+    topology = ["--topology", "v6e:4x4"]
+    planned = told("plan", "b1", *topology, "--analytic")
+    explained = told("explain", "b1", *topology)
+    assert explained["mesh"] == planned["mesh"]
+    assert explained["chosen"] == planned["chosen"] != ""
+    assert (explained["platform"], explained["batch"]["micro_batches"]) == ("tpu", planned["micro_batches"])
+    searched = told("plan", "b1", *topology, "--analytic", "--search")["plans"]
+    assert [each["roofline"]["expected"] for each in searched] == sorted(each["roofline"]["expected"] for each in searched)
+    assert searched[0]["roofline"]["expected"] <= planned["roofline"]["expected"]
 
 
 def test_the_budget_of_tokens_is_the_configs_own_or_as_given():
@@ -104,17 +120,16 @@ def test_a_processor_compiles_in_place_of_a_gpu_only_what_it_can():
     assert not planning.too_large(load("b300"), parse("v5p:16x16x16"))
 
 
-def test_a_search_ranks_every_way_to_split_a_step_that_fits():
-    config, topology = load("b1"), parse("v6e:4x4")
-    found = search(config, topology, usable(topology))
-    assert len(found) > 20
-    assert all(one.needed <= usable(topology) for one in found)
-    assert [one.rank for one in found] == sorted(one.rank for one in found)
-    assert {one.remat for one in found} == {"none", "dots", "full"}
-    best = found[0]
-    split = best.of(config)
-    assert footprint(split, best.sizes).total == best.needed
-    assert best.bound.at_best + best.bound.in_turn == min(one.bound.at_best + one.bound.in_turn for one in found)
+def test_a_search_counts_and_tells_only_what_fits():
+    topology = parse("v6e:4x4")
+    limit = 0.9 * topology.chip.device_memory
+    found = planning.searched(load("b1"), topology, None, 0)
+    assert found["tried"] > 20
+    assert all(each["memory"]["estimate"]["total"] <= limit for each in found["plans"])
+    for each in found["plans"]:
+        split = override(load("b1"), [f"--config.mesh.{axis}={size}" for axis, size in each["mesh"].items()])
+        split.train.micro_batches, split.train.remat = each["micro_batches"], each["remat"]
+        assert footprint(split, resolve(split, 16)).total == each["memory"]["needed"]
 
 
 def test_a_search_that_finds_nothing_says_so():

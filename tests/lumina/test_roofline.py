@@ -3,8 +3,18 @@
 import pytest
 
 from lumina.config import load, override
+from lumina.footprint import Footprint, footprint
 from lumina.mesh import Sizes
-from lumina.roofline import bounds, executed_flops, layer_flops, model_flops, network_share, split_traffic
+from lumina.roofline import (
+    bounds,
+    executed_flops,
+    layer_flops,
+    model_flops,
+    network_share,
+    split_traffic,
+    step_seconds,
+    touched_bytes,
+)
 from lumina.topology import parse
 from lumina.traffic import Transfer
 
@@ -37,6 +47,42 @@ def test_the_last_axes_stay_within_a_node_and_the_first_cross():
 def test_bytes_beyond_a_node_wait_for_the_network():
     traffic = [Transfer("", "all_gather", ("fsdp",), 1000, 1), Transfer("", "all_gather", ("tensor",), 300, 1)]
     assert split_traffic(traffic, Sizes(fsdp=4, tensor=4), linked=8) == pytest.approx((800, 500))
+
+
+def test_weights_travel_while_a_step_computes_and_tokens_are_waited_for():
+    config, topology, sizes = load("b1"), parse("v5e:2x2"), Sizes(fsdp=2, expert=2)
+    config.train.micro_batches = 1
+    flops = executed_flops(config) / (4 * 197e12)
+
+    def seconds(*traffic):
+        return step_seconds(config, topology, sizes, Footprint(0, 0, 0, 0, 0), traffic)
+
+    alone = seconds()
+    assert alone == pytest.approx(flops)
+    tokens = Transfer("slots to experts", "all_to_all", ("expert",), 400_000_000_000, 1)
+    for what in ("weights", "weights of embedding and head", "gradients"):
+        weights = Transfer(what, "all_gather", ("fsdp",), round(alone / 2 * 200e9), 1)
+        assert seconds(weights, tokens) == pytest.approx(alone + 2)  # 400 GB at 200 GB/s
+        assert seconds(weights._replace(bytes=4 * weights.bytes), tokens) == pytest.approx(2 * alone + 2)
+
+
+def test_what_is_waited_for_beyond_a_node_waits_for_the_network():
+    config, topology, sizes = load("b1"), parse("gpu:h100x16"), Sizes(expert=16)
+    moved = Transfer("slots to experts", "all_to_all", ("expert",), 450_000_000_000, 1)
+    inside, beyond = (
+        step_seconds(config, t, sizes, Footprint(0, 0, 0, 0, 0), [moved])
+        for t in (topology._replace(chip=topology.chip._replace(most=16)), topology)
+    )
+    assert beyond - inside == pytest.approx(8 / 15 * 450 / 50 - 8 / 15)  # half of the pairs, but each with itself
+
+
+def test_a_step_takes_no_less_than_its_memory():
+    config, topology = load("b1"), parse("v5e:2x2")
+    slow = topology._replace(chip=topology.chip._replace(memory_bandwidth=1e6))
+    parts = footprint(config, Sizes(data=4))
+    assert step_seconds(config, slow, Sizes(data=4), parts, []) == pytest.approx(
+        touched_bytes(config, Sizes(data=4), parts) / 1e6
+    )
 
 
 def test_slices_are_crossed_by_the_outermost_axis():

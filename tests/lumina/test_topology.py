@@ -3,7 +3,7 @@
 import pytest
 
 from lumina.errors import UsageError
-from lumina.topology import CHIPS, parse
+from lumina.topology import CHIPS, KINDS, at_hand, parse
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,22 @@ def test_a_topology_says_how_many_devices_there_are_and_which_share_links(text, 
     assert (topology.chips, topology.devices, topology.linked) == (chips, devices, linked)
     assert str(topology) == text
     assert layout is None or topology.layout == layout
+
+
+def test_devices_at_hand_are_those_of_the_table_where_it_has_them():
+    assert set(KINDS.values()) == {chip.name for chip in CHIPS.values() if chip.platform != "cpu"}
+    half = at_hand("TPU7x", "tpu", 8)
+    whole = parse("tpu7x:2x2x1")
+    assert (half.devices, half.linked) == (whole.devices, whole.linked)
+    assert half.chip.peak_flops / half.chip.memory_bandwidth == whole.chip.peak_flops / whole.chip.memory_bandwidth
+    assert half.chip.peak_flops == whole.chip.peak_flops / 2
+    assert half.chip.device_memory == whole.chip.device_memory
+    slices = at_hand("TPU v5 lite", "tpu", 64, 4)
+    assert (slices.devices, slices.linked, slices.slices) == (64, 16, 4)
+    nodes = at_hand("NVIDIA H200", "gpu", 64)
+    assert (nodes.devices, nodes.linked) == (64, 8)
+    unknown = at_hand("cpu", "cpu", 6)
+    assert (unknown.devices, unknown.linked, unknown.chip.peak_flops) == (6, 6, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,8 @@
 """The memory estimate against the compiler's own account, and what a device tells of itself."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,10 +13,14 @@ from lumina.architecture import at_capacity
 from lumina.config import load, override
 from lumina.errors import ConfigError
 from lumina.footprint import footprint
+from lumina.layout import choose
 from lumina.mesh import Sizes
-from lumina_jax.device import chosen_forms, compiled_memory, matmul_peak, peak_memory
+from lumina.topology import CHIPS, Topology, unnamed
+from lumina_jax.device import at_hand, chosen_forms, compiled_memory, matmul_peak, peak_memory
 from lumina_jax.mesh import ROWS, mesh_of, shaped
 from lumina_jax.step import controls, make_train_step, state_shapes
+from lumina_jax.train import Trainer
+from tests.lumina_jax.tiny import tiny
 
 ESTIMATED = {
     "debug": [],
@@ -70,3 +77,20 @@ def test_compiled_memory_counts_arguments_and_results_that_reuse_none():
 def test_peaks_are_of_this_machine():
     assert matmul_peak("float32", seconds=0.01) > 1e8
     assert peak_memory() > 50 << 20
+
+
+def test_a_run_takes_the_mesh_that_the_one_rule_chooses_for_the_devices_at_hand(monkeypatch):
+    config = tiny("moe", batch_size=8)
+    config.mesh.auto = True
+    monkeypatch.setattr("lumina_jax.device.memory_of_each", lambda: 1 << 30)
+    trainer = Trainer(config)
+    chosen, why = choose(config, unnamed("cpu", "cpu", 8), 1 << 30)
+    assert trainer.why_mesh == why
+    assert "speeds of cpu are not known: assumed " in trainer.forms()
+    assert trainer.config == replace(chosen, mesh=replace(chosen.mesh, auto=False))
+    monkeypatch.setattr(
+        jax,
+        "devices",
+        lambda: [SimpleNamespace(device_kind="TPU v5 lite", platform="tpu", slice_index=i // 4) for i in range(8)],
+    )
+    assert at_hand() == Topology(CHIPS["v5e"], (4,), 2)
