@@ -1090,6 +1090,13 @@ MUTANTS = [
         f"{CENSUS}_what_a_device_sends_is_counted_by_kind_and_axes",
     ),
     Mutant(
+        "what loops carry counted twice",
+        "lumina_jax/plan.py",
+        "sizes.temp_size_in_bytes if assigned is None else",
+        "sizes.temp_size_in_bytes if True else",
+        "lumina_jax/test_plan.py::test_a_tpus_temporaries_are_what_it_assigned_beyond_the_arguments",
+    ),
+    Mutant(
         "a search that ranks what does not fit",
         "lumina/planning.py",
         " if each.needed <= limit]",

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -17,7 +18,7 @@ from lumina.planning import environment
 from lumina.roofline import executed_flops
 from lumina.topology import parse
 from lumina_jax.census import census
-from lumina_jax.plan import examine, refused_sizes, trace_step
+from lumina_jax.plan import assigned_bytes, compiled_sizes, examine, refused_sizes, trace_step
 from lumina_jax.platform import compiling_for, target_platform
 from tests.lumina_jax.tiny import tiny
 
@@ -103,6 +104,26 @@ def test_a_refusal_for_memory_tells_the_sizes(message, sizes):
     assert found is not None
     assert (found["needed_bytes"] / 2**30, found["available_bytes"] / 2**30) == pytest.approx(sizes)
     assert found["over_bytes"] == found["needed_bytes"] - found["available_bytes"]
+
+
+def test_a_tpus_temporaries_are_what_it_assigned_beyond_the_arguments(tmp_path):
+    report = tmp_path / "module_0000.jit_step.cl_1.after_optimizations-memory-usage-report.txt"
+    other = "Memory Space: (color=1)\nTotal bytes: 117440512 (112.00MiB)\n"
+    report.write_text(f"Memory Space: default (color=0)\nTotal bytes: 2013265920 (1.88GiB)\n\n{other}")
+    (tmp_path / "module_0000.jit_step.cl_1.after_optimizations.txt").write_text("Total bytes: 1")
+    assert assigned_bytes(str(tmp_path)) == 1920 << 20
+    assert assigned_bytes(str(tmp_path / "none")) is None
+    analysis = SimpleNamespace(  # of a scan whose carries are stacked, for v5e: 1,664 MiB were assigned beyond the arguments
+        argument_size_in_bytes=256 << 20,
+        output_size_in_bytes=256 << 20,
+        alias_size_in_bytes=256 << 20,
+        temp_size_in_bytes=1920 << 20,
+        generated_code_size_in_bytes=1 << 20,
+    )
+    program = SimpleNamespace(memory_analysis=lambda: analysis)
+    found = compiled_sizes(program, 1920 << 20)
+    assert (found["temporaries"], found["total"], found["assigned"]) == (1664 << 20, 1921 << 20, 1920 << 20)
+    assert compiled_sizes(program)["total"] == (256 + 1920 + 1) << 20
 
 
 def test_another_error_is_not_taken_for_a_lack_of_memory():
