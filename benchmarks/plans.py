@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lumina.config import load, override
+from lumina.footprint import footprint
 from lumina.layout import choose
 from lumina.mesh import resolve
 from lumina.planning import plan
@@ -194,11 +195,13 @@ def parts_of(plans: list[tuple[Planned, dict[str, Any]]]) -> str:
     ]
     for each, found in plans:
         memory = found["memory"]
-        estimate, state, compiler = memory["estimate"], memory["state"], memory.get("compiler")
-        rest = estimate["total"] - estimate["parameters"] - estimate["optimizer"]
+        state, compiler = memory["state"], memory.get("compiler")
+        config = override(load(each.preset), each.flags)
+        estimate = footprint(config, resolve(config, parse(each.topology).devices))  # of the code as it is
+        rest = estimate.total - estimate.parameters - estimate.optimizer
         exact = [_gib(size) for size in (state["parameters"], state["optimizer"])]
         together = [_gib(rest), _gib(compiler["temporaries"]) if compiler else "refused"]
-        rows.append([each.name, *exact, *together, _gib(estimate["total"]), _gib(memory["needed"])])
+        rows.append([each.name, *exact, *together, _gib(estimate.total), _gib(memory["needed"])])
     return table(rows)
 
 
