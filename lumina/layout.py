@@ -37,9 +37,10 @@ class Layout(NamedTuple):
 
     @property
     def rank(self) -> tuple:
-        """Lower is better: time; then bytes; then fewer micro-batches; then the plainer mesh, and `data` before the others."""
+        """Lower is better: time, to two digits, as no estimate knows more; bytes; fewer micro-batches; then the plainer
+        mesh, and `data` before the others."""
         plain = sum(size > 1 for size in self.sizes)
-        return self.seconds, self.sent, self.micro_batches, plain, tuple(-size for size in self.sizes)
+        return float(f"{self.seconds:.2g}"), self.sent, self.micro_batches, plain, tuple(-size for size in self.sizes)
 
     def of(self, config: Config) -> Config:
         """A copy of `config`, split so."""

@@ -203,3 +203,11 @@ def test_devices_that_cannot_share_the_batch_are_refused_with_a_number_that_can(
 def test_a_dense_model_is_not_offered_an_axis_for_experts():
     _, why = choose(load("large"), some(16), 24 << 30)
     assert "expert" not in why
+
+
+def test_among_layouts_as_fast_to_two_digits_the_least_is_sent():
+    config, topology = load("b14"), parse("v5p:4x4x4")
+    found = [one for one in layouts(config, topology, 95 * 2**30, ("full",)) if one.needed <= usable(95 * 2**30)]
+    near = [one for one in found if round(one.seconds) == round(min(one.seconds for one in found)) == 20]
+    assert max(one.sent for one in near) > 4 * min(one.sent for one in near)
+    assert found[0].sent == min(one.sent for one in near)
