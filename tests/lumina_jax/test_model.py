@@ -114,10 +114,10 @@ def _auxiliary(metrics, balance_loss):
 @functools.cache
 def _trained(config):
     @jax.jit
-    def run(weights, batch):
+    def run(weights, batch, cotangent_BTV):  # given: as a constant JAX would keep it, in float64, for those in float32
         def loss(weights):
             logits_BTV, metrics = _logits_and_metrics(config, weights, batch, TRAINING, jnp.float64)
-            return jnp.sum(COTANGENT_BTV * logits_BTV) + _auxiliary(metrics, balance_loss), (logits_BTV, metrics)
+            return jnp.sum(cotangent_BTV * logits_BTV) + _auxiliary(metrics, balance_loss), (logits_BTV, metrics)
 
         return jax.value_and_grad(loss, has_aux=True)(weights)
 
@@ -129,7 +129,7 @@ def _in_float64(config, name="full"):
     """Logits, metrics and gradients in training."""
     with jax.enable_x64(True):
         weights = {name: w.astype(np.float64) for name, w in _weights(config).items()}
-        (_, outputs), gradients = _trained(config)(weights, BATCHES[name])
+        (_, outputs), gradients = _trained(config)(weights, BATCHES[name], COTANGENT_BTV)
         return jax.tree.map(np.asarray, (*outputs, gradients))
 
 
