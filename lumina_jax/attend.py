@@ -159,11 +159,11 @@ def _of_chunk(x_BKGTh, a: int, b: int):
     return x_BKGTh[:, :, :, a:b].reshape(B, K, G * (b - a), h)
 
 
-def _masked_scores(q_BKRh, k_BKsh, segments_BT, a: int, b: int):
-    """[B, K, G, n, s] of the queries a to b, in the wide dtype; q is already scaled."""
+def _masked_scores(q_BKRh, k_BKsh, segments_BT, place_T, a: int, b: int):
+    """[B, K, G, n, s] of the queries a to b, in the wide dtype; q is already scaled, place is 0 to T - 1."""
     B, K, R, _ = q_BKRh.shape
     scores_BKRs = jnp.einsum("bkrh,bksh->bkrs", q_BKRh, k_BKsh, preferred_element_type=wide_dtype(q_BKRh))
-    causal_ns = jnp.arange(a, b)[:, None] >= jnp.arange(b)[None, :]
+    causal_ns = place_T[a:b, None] >= place_T[None, :b]
     visible_Bns = causal_ns & (segments_BT[:, a:b, None] == segments_BT[:, None, :b])
     return jnp.where(visible_Bns[:, None, None], scores_BKRs.reshape(B, K, R // (b - a), b - a, b), HIDDEN)
 
@@ -183,9 +183,10 @@ def _chunked_forward(q_BTHh, k_BTKh, v_BTKh, segments_BT):
     K, wide = k_BTKh.shape[2], wide_dtype(q_BTHh)
     q_BKGTh = _rows(scaled(q_BTHh), K)
     k_BKTh, v_BKTh = k_BTKh.transpose(0, 2, 1, 3), v_BTKh.transpose(0, 2, 1, 3)
+    own_segments_BT, place_T = beside(q_BTHh, (segments_BT, jnp.arange(T)))
     mixed, log_totals = [], []
     for a, b in _chunks(T):
-        scores_BKGns = _masked_scores(_of_chunk(q_BKGTh, a, b), k_BKTh[:, :, :b], segments_BT, a, b)
+        scores_BKGns = _masked_scores(_of_chunk(q_BKGTh, a, b), k_BKTh[:, :, :b], own_segments_BT, place_T, a, b)
         largest_BKGn1 = jnp.max(scores_BKGns, axis=-1, keepdims=True)
         weights_BKGns = jnp.exp(scores_BKGns - largest_BKGn1)  # a query sees itself, so what it must not see becomes 0
         total_BKGn1 = jnp.sum(weights_BKGns, axis=-1, keepdims=True)
@@ -207,7 +208,7 @@ def _chunked_backward(saved, dmixed_BTHh):
     dq, dk_BKhT, dv_BKhT = [], jnp.zeros((B, K, h, T), wide), jnp.zeros((B, K, h, T), wide)
     for a, b in _chunks(T):
         q_BKRh, dmixed_BKRh = _of_chunk(q_BKGTh, a, b), _of_chunk(dmixed_BKGTh, a, b)
-        scores_BKGns = _masked_scores(q_BKRh, k_BKTh[:, :, :b], segments_BT, a, b)
+        scores_BKGns = _masked_scores(q_BKRh, k_BKTh[:, :, :b], segments_BT, jnp.arange(T), a, b)
         weights_BKGns = jnp.exp(scores_BKGns - log_total_BKGT1[:, :, :, a:b])
         dweights_BKRs = jnp.einsum("bkrh,bksh->bkrs", dmixed_BKRh, v_BKTh[:, :, :b], preferred_element_type=wide)
         dweights_BKGns = dweights_BKRs.reshape(weights_BKGns.shape)
@@ -229,6 +230,15 @@ def _chunked_backward(saved, dmixed_BTHh):
 
 
 attend_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def beside(q_BTHh, known):
+    """`known`, which JAX cannot tell any longer to be the same for all layers.
+
+    It computes ahead of a loop over layers what depends on none, and keeps it: here the masks, for each head by itself, of all
+    that a row has to compare (the partial evaluation of `scan`).
+    """
+    return jax.lax.optimization_barrier((known, q_BTHh[:1, :1, :1, :1]))[0]
 
 
 def scaled(q_BTHh):

@@ -15,7 +15,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lumina_jax.attend import HIDDEN, attend, choose_attention, scaled, splash_block, splash_sizes, wide_dtype, with_splash
+from lumina_jax.attend import (
+    HIDDEN,
+    attend,
+    beside,
+    choose_attention,
+    scaled,
+    splash_block,
+    splash_sizes,
+    wide_dtype,
+    with_splash,
+)
 from lumina_jax.gather import pick_rows, take_rows
 from lumina_jax.platform import target_platform
 
@@ -259,7 +269,7 @@ def _context_forward(q_BtHh, k_BtKh, v_BtKh, segments_BT, row):
     K, wide = k_BtKh.shape[2], wide_dtype(q_BtHh)
     q_UBKRh = _blocks(_by_key_head(scaled(q_BtHh), K), row)
     k_VBKsh, v_VBKsh = (_gathered_blocks(x_BtKh, row) for x_BtKh in (k_BtKh, v_BtKh))
-    segments_VBs = _segment_blocks(segments_BT, row)
+    segments_VBs, pairs = beside(q_BtHh, (_segment_blocks(segments_BT, row), _pairs(row)))
 
     def step(carry, pair):
         # A query sees itself, in its last pair: what was added before for keys that it must not see is then multiplied by 0.
@@ -275,7 +285,7 @@ def _context_forward(q_BtHh, k_BtKh, v_BtKh, segments_BT, row):
 
     one = (*q_UBKRh.shape[:-1], 1)
     start = (jnp.zeros(q_UBKRh.shape, wide), jnp.full(one, -jnp.inf, wide), jnp.zeros(one, wide))
-    (mixed_UBKRh, largest_UBKR1, total_UBKR1), _ = jax.lax.scan(step, start, _pairs(row))
+    (mixed_UBKRh, largest_UBKR1, total_UBKR1), _ = jax.lax.scan(step, start, pairs)
     mixed_BtHh = _unblocked((mixed_UBKRh / total_UBKR1).astype(q_BtHh.dtype), row).reshape(q_BtHh.shape)
     log_total_UBKR1 = largest_UBKR1 + jnp.log(total_UBKR1)
     return mixed_BtHh, (q_BtHh, k_VBKsh, v_VBKsh, segments_BT, mixed_BtHh, log_total_UBKR1)

@@ -27,7 +27,7 @@ from lumina_jax.step import (
     update_biases,
 )
 from tests.lumina_jax import oracles
-from tests.lumina_jax.oracles import assert_close
+from tests.lumina_jax.oracles import assert_close, equations
 from tests.lumina_jax.tiny import FILLED, KINDS, T, V, packed_batch, random_batch, tiny
 
 ONE_DEVICE = np.zeros(1, np.int32)
@@ -681,3 +681,20 @@ def test_state_holds_no_random_numbers(hybrid):
     state = hybrid[2]
     assert TrainState._fields == ("step", "variables", "optimizer", "guard")
     assert not [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("n", [1, 2], ids=["one_device", "a_row_over_two"])
+def test_no_masks_are_made_ahead_of_a_loop_over_layers_and_kept_for_it(n, remat):
+    config = tiny("dense", {"num_layers": 10, "attention_form": "chunked"}, batch_size=2)
+    config.train.remat, config.data.sequence_length = remat, 256
+    batch = {name: jax.ShapeDtypeStruct((2, 256), array.dtype) for name, array in random_batch().items()}
+    step = make_train_step(config, state_shapes(config)[1], mesh_of(Sizes(context=n), jax.devices()[:n]))
+    knobs = controls(config, stop_N=np.zeros(n, np.int32))
+    traced = list(equations(jax.make_jaxpr(step)(initial(config), batch, knobs).jaxpr))
+    inner = [each.params["jaxpr"] for each in traced if each.primitive.name == "shard_map"]
+    loops = [each for jaxpr in inner for each in equations(jaxpr) if each.primitive.name == "scan"]
+    assert any(loop.params["length"] == 10 for loop in loops)
+    # What one pair of blocks compares is the same for all; T^2 are not.
+    masks = [each.aval for loop in loops for each in loop.invars if each.aval.dtype == bool and each.aval.ndim > 1]
+    assert max((mask.size for mask in masks), default=0) <= 64 * 64
