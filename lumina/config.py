@@ -361,7 +361,7 @@ def override(config: Config, flags: list[str]) -> Config:
     finally:
         sys.argv = saved
     names = {flag[len("--config.") :].partition("=")[0] for flag in flags}
-    heed(changed.data, names, bool(changed.checkpoint.init_from))
+    heed(changed.data, names)
     return validate(changed)
 
 

@@ -69,22 +69,34 @@ def stages(config: "Config") -> list[Stage]:
     return [Stage(n, data.sequence_length, each) for n, each in zip((steps - later, later), mixtures, strict=True)]
 
 
-def heed(data: "DataConfig", flags: set[str], from_another: bool) -> None:
+READS = {"base_only": {"data.source"}, "finetuning_only": {"data.finetuning"}}  # other modes read all of SOURCES
+SOURCES = {"data.source", "data.finetuning", "data.ratio"}
+
+
+def heed(data: "DataConfig", flags: set[str]) -> None:
     """Give flags the last word on what is read: what a config says otherwise of it is set aside, in place.
 
-    `data.source` or `data.mode` sets aside stages, `data.stages` the source and the mode. In a run that begins from another,
-    `data.source` by itself is all that is read, whatever mode the config has; elsewhere it is that mode's base. Two flags that
-    contradict each other stay, and are refused.
+    `data.source` or `data.mode` sets aside stages, `data.stages` the source and the mode. With `checkpoint.init_from`,
+    `data.source` by itself is all that is read, whatever mode the config has; elsewhere it is that mode's base.
+
+    Raises:
+        ConfigError: a flag would not be read.
     """
+    given = flags & {*SOURCES, "data.mode"}
     if "data.stages" in flags and data.stages:
-        if "data.mode" not in flags:
-            data.mode = "base_only"
-        if "data.source" not in flags:
-            data.source = DEFAULT_SOURCE
-    elif flags & {"data.source", "data.mode"}:
+        if given:
+            raise ConfigError(f"--config.{min(given)}: is not read beside --config.data.stages; leave out one of the two")
+        data.mode, data.source = "base_only", DEFAULT_SOURCE
+        return
+    if flags & {"data.source", "data.mode"}:
         data.stages = ""
-    if from_another and "data.source" in flags and not flags & {"data.mode", "data.finetuning", "data.ratio", "data.stages"}:
+    if flags >= {"checkpoint.init_from", "data.source"} and given == {"data.source"}:
         data.mode = "base_only"
+    read = set() if data.stages else READS.get(data.mode, SOURCES)
+    if unread := sorted(given - read - {"data.mode"}):
+        what = "data.stages is set" if data.stages else f"data.mode = {data.mode!r}"
+        works = "set that to nothing" if data.stages else f"another mode does, or use {' and '.join(sorted(read))}"
+        raise ConfigError(f"--config.{unread[0]}: is not read where {what}; {works}")
 
 
 def sources(config: "Config") -> list[str]:

@@ -18,7 +18,7 @@ from flax import nnx
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
 from lumina.data import TokenStream
-from lumina.data.rows import Batches, Rows, RowSet
+from lumina.data.rows import EMPTY, Batches, Rows, RowSet
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
 from lumina.interchange.state import backend_of
@@ -85,7 +85,7 @@ def held_out_text(run: RunDirectory, config: Config, console: Console) -> tuple[
     console.done()
     source, corpus = next(iter(corpora.items()))
     rows = rows_of(corpus, "held_out", config.data, config.data.sequence_length, source)
-    return rows, corpus.tokenizer, str(manifest(corpora)["fingerprint"])
+    return rows, corpus.tokenizer, str(manifest(corpora, config.data)["fingerprint"])
 
 
 def as_trained(config: Config, step: int) -> Config:
@@ -259,7 +259,7 @@ def prefixes(forward: Forward, batches: list, lengths: list[int], mode: Mode) ->
 
 def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[str, Any]:
     """Logits before a point of each row against those after what follows was replaced: by another row, whose documents begin
-    anew at the point; and by noise, in the documents that there are."""
+    anew at the point; by noise, in the documents that there are; and by nothing, as after the last document of a packed row."""
     comparison, first_row = Comparison(), 0
     rows_NT = {name: np.concatenate([batch[name][is_real(batch)] for batch in batches]) for name in LAYOUT}
     N, T = rows_NT["inputs"].shape
@@ -267,6 +267,7 @@ def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[
     points_N = 1 + np.arange(N) * (filled_N - 1) // N  # spread over all places from 1 to T - 1, of what holds text
     another = {name: np.roll(each_NT, 1, axis=0) for name, each_NT in rows_NT.items()}
     another["segments"] += (T + 1) * (another["segments"] >= 0)
+    nothing = {name: np.full_like(each_NT, EMPTY if name == "segments" else 0) for name, each_NT in rows_NT.items()}
     noise = rows_NT | {"inputs": np.random.default_rng(1).integers(0, vocab_size, (N, T), np.int32)}
     for batch in batches:
         number = int(np.sum(is_real(batch)))
@@ -274,14 +275,14 @@ def swaps(forward: Forward, batches: list, vocab_size: int, mode: Mode) -> dict[
         counted_BT = np.zeros(batch["inputs"].shape, bool)
         counted_BT[:number] = np.arange(T) < points_N[chosen, None]
         whole = forward.hidden(batch, mode)
-        for other in (another, noise):
+        for other in (another, noise, nothing):
             changed = {name: batch[name].copy() for name in LAYOUT}
             for name, each_BT in changed.items():
                 each_BT[:number] = np.where(counted_BT[:number], each_BT[:number], other[name][chosen])
             comparison.add(forward, whole, forward.hidden(changed, mode), counted_BT, first_row)
         first_row += number
     return {
-        "what": "logits before a point, one in each row, when the tokens from there on become another row's, and random ones",
+        "what": "logits before a point, one in each row, when those from there on become another row's, random, and none",
         "points": {"rows": N, "first": int(points_N[0]), "last": int(points_N[-1])},
         **comparison.found(forward.name),
     }
@@ -405,7 +406,7 @@ def depth_measures(model: ModelConfig, seen: dict[str, dict[str, np.ndarray]], r
         "label": "how well a causal decision stands in for top-k: no figure of quality",
         "tokens": int(np.sum(real_NT)),
         "capacity": model.mod.capacity,
-        "share_of_top": count / T,
+        "share_of_top": float(np.mean(top["taken_BT"][:, real_NT])),
         "router": model.mod.router,
         "predictor_width": model.mod.predictor_width,
         "scope": model.mod.scope,

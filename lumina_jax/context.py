@@ -168,7 +168,7 @@ def attend_context(q_BtHh, k_BtKh, v_BtKh, segments_BT, row: Row, form: str = "a
 
     Args:
         q_BtHh, k_BtKh, v_BtKh: this device's part of the row.
-        segments_BT: of the whole row, in order, at least 0.
+        segments_BT: of the whole row, in order; -1 where it is empty.
         form: one that can split rows, or `auto`.
 
     Keys and values are all-gathered, their gradients reduce-scattered in the wide dtype. Returns [B, t, H, h] in q's dtype; of

@@ -101,12 +101,14 @@ class Tokens(NamedTuple):
 
 
 def _tokens(model: ModelConfig, segments_BT: jax.Array, axes: Axes) -> Tokens:
-    """From a device's rows. Only positions in a segment count; of those that a depth router selects the number is fixed."""
+    """From a device's rows. Only positions in a segment count; of those that a depth router selects the number is fixed.
+
+    In float32, as a batch may have more than 2^31; a device has fewer."""
     T = segments_BT.shape[1]
     real_B = jnp.sum(segments_BT >= 0, axis=1, dtype=jnp.int32)
     selected_B = jnp.minimum(real_B, capacity(T, model.mod.capacity))
     kinds = [kind for kind in layer_kinds(model) if kind.startswith("moe")]
-    real, selected = jnp.maximum(axes.sum(jnp.stack([jnp.sum(real_B), jnp.sum(selected_B)]), ROW_AXES), 1)
+    real, selected = jnp.maximum(axes.sum(jnp.stack([jnp.sum(real_B), jnp.sum(selected_B)]).astype(jnp.float32), ROW_AXES), 1)
     return Tokens(jnp.array([selected if kind.endswith("+mod") else real for kind in kinds]), real)
 
 
@@ -315,7 +317,9 @@ def update_biases(model: ModelConfig, biases: nnx.State, metrics: Metrics) -> nn
         return biases
     load_LA = metrics["moe"]["load_A"]  # the layers that have experts, in order
     # Whole numbers, so that a tie is one on any machine: a mean is load or not, whatever a division would make of it.
-    mean_L1, rest_L1 = jnp.divmod(jnp.sum(load_LA, axis=-1, keepdims=True), load_LA.shape[-1])
+    whole_LA, part_LA = jnp.divmod(load_LA, load_LA.shape[-1])  # their sum may be beyond int32
+    more_L1, rest_L1 = jnp.divmod(jnp.sum(part_LA, axis=-1, keepdims=True), load_LA.shape[-1])
+    mean_L1 = jnp.sum(whole_LA, axis=-1, keepdims=True) + more_L1
     below_LA = (load_LA < mean_L1) | ((load_LA == mean_L1) & (rest_L1 > 0))
     change_LA = model.moe.bias_rate * (below_LA.astype(jnp.float32) - (load_LA > mean_L1))
     change_LA -= jnp.mean(change_LA, axis=-1, keepdims=True)

@@ -191,7 +191,8 @@ def make_gradients(
     dtype, M = dtype or getattr(torch, config.train.compute_dtype), config.train.micro_batches
     token_bytes_V = None if token_bytes is None else torch.as_tensor(np.asarray(token_bytes, np.int64), device=device)
     random = config.model.dropout > 0 or config.model.moe.jitter > 0
-    has_experts = any(kind.startswith("moe") for kind in layer_kinds(config.model))
+    kinds = layer_kinds(config.model)
+    routes, has_experts = any(kind != "dense" for kind in kinds), any(kind.startswith("moe") for kind in kinds)
     balance_over, (number, _) = config.model.moe.balance_over, share.part
     if balance_over == "batch" and M == 1:
         balance_over = "micro_batch"
@@ -213,7 +214,8 @@ def make_gradients(
         return loss + _auxiliary(metrics, knobs), {"loss": loss, "accuracy": sums.correct / weight, **metrics}
 
     def gradients(state: TrainState, batch: Batch, knobs: Controls) -> Metrics:
-        of_batch = share.total(batch["weights"].sum()), _tokens(state.transformer, batch["segments"], share)
+        tokens = _tokens(state.transformer, batch["segments"], share) if routes else None
+        of_batch = share.total(batch["weights"].sum()), tokens
         B = batch["inputs"].shape[0]
         rows = range(number * B, (number + 1) * B)
         # Every M-th row: so a micro-batch has the same rows on any number of processes.
@@ -291,7 +293,7 @@ def _tokens(transformer: Transformer, segments_BT: Tensor, share: Share) -> Toke
 
 
 def _summarise(
-    metrics: Metrics, real_BT: Tensor, tokens: Tokens, balance_over: str, batch_load_LA: Tensor | None, share: Share
+    metrics: Metrics, real_BT: Tensor, tokens: Any, balance_over: str, batch_load_LA: Tensor | None, share: Share
 ) -> Metrics:
     """Metrics by layer from what the layers tell: counts, and parts of means over all tokens of the batch, of these rows.
 

@@ -51,14 +51,21 @@ def open_corpora(config: Config, progress: Callable[[str], None]) -> dict[str, C
     return dict(zip(names, prepare_all(names, config.data, config.model.vocab_size, progress), strict=True))
 
 
-def manifest(corpora: dict[str, Corpus]) -> dict[str, Any]:
-    """What a run writes down of its data: the manifest of its first source, those of the others, and one fingerprint."""
+def manifest(corpora: dict[str, Corpus], data: DataConfig) -> dict[str, Any]:
+    """What a run writes down of its data: the manifest of its first source, those of the others, how any are packed, and one
+    fingerprint."""
     first, *others = corpora.values()
-    if not others:
+    packed = {"packing": FORMAT} if any(_is_packed(corpus, data) for corpus in corpora.values()) else {}
+    if not others and not packed:
         return first.manifest | {"fingerprint": first.fingerprint}
-    fingerprints = json.dumps([[name, corpus.fingerprint] for name, corpus in corpora.items()])
+    fingerprints = json.dumps([*([name, corpus.fingerprint] for name, corpus in corpora.items()), *packed.items()])
     told = {name: corpus.manifest | {"fingerprint": corpus.fingerprint} for name, corpus in list(corpora.items())[1:]}
-    return first.manifest | {"fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(), "others": told}
+    more = packed | ({"others": told} if told else {})
+    return first.manifest | {"fingerprint": hashlib.sha256(fingerprints.encode()).hexdigest(), **more}
+
+
+def _is_packed(corpus: Corpus, data: DataConfig) -> bool:
+    return corpus.kind != "text" or data.rows != "stream"
 
 
 def corpora_of(run: RunDirectory, config: Config, progress: Callable[[str], None]) -> dict[str, Corpus]:
@@ -70,7 +77,7 @@ def corpora_of(run: RunDirectory, config: Config, progress: Callable[[str], None
     if run.tokenizer.is_dir():
         config = with_tokenizer(config, str(run.tokenizer))
     corpora = open_corpora(config, progress)
-    if changed := run.data_changes(manifest(corpora)):
+    if changed := run.data_changes(manifest(corpora, config.data)):
         raise DataError(
             f"{run.path} was trained on other data than data.source = {config.data.source!r} has now ({'; '.join(changed)}): "
             "what was held out is not known any more; restore the data, or use the Python that the run began with"
@@ -127,7 +134,7 @@ def rows_of(
     if corpus.kind == "preference":
         raise DataError(f"{source}: holds preferences, chosen and rejected; training needs texts or conversations")
     stream = getattr(corpus, side)
-    if corpus.kind == "text" and data.rows == "stream":
+    if not _is_packed(corpus, data):
         try:
             return Rows(stream, sequence_length, corpus.document_end_id)
         except DataError as error:

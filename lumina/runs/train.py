@@ -115,7 +115,7 @@ def _train_and_evaluate(
     origin = Origin.of(config, run, accept_changes)
     corpora = open_corpora(_with_its_tokenizer(config, run, origin, console.say), console.status)
     console.done()
-    data, tokenizer = manifest(corpora), next(iter(corpora.values())).tokenizer
+    data, tokenizer = manifest(corpora, config.data), next(iter(corpora.values())).tokenizer
     run.check_same_data(data, accept_changes)
     changes = run.changes(config) + run.data_changes(data)
     if origin:

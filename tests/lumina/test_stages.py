@@ -193,8 +193,37 @@ def test_a_flag_has_the_last_word_on_what_is_read(before, flags, reads):
 
 @pytest.mark.parametrize(
     "flags",
-    [["--config.data.source=c"], ["--config.data.mode=hybrid"], ["--config.data.source=c", "--config.data.mode=hybrid"]],
+    [
+        ["--config.data.source=c"],
+        ["--config.data.source=stdlib"],
+        ["--config.data.mode=base_only"],
+        ["--config.data.source=c", "--config.data.mode=hybrid"],
+        ["--config.data.ratio=0.5"],
+    ],
 )
 def test_flags_that_contradict_each_other_are_refused_with_one_to_leave_out(flags):
-    with pytest.raises(ConfigError, match=r"leave out one of the two|use one of the two"):
+    with pytest.raises(ConfigError, match=r"is not read beside --config\.data\.stages; leave out one of the two"):
         override(config(), [*flags, "--config.data.stages=500: a; b"])
+
+
+@pytest.mark.parametrize(
+    ("before", "flags", "message"),
+    [
+        (
+            {"mode": "finetuning_only"},
+            ["--config.data.source=c"],
+            "data.source: is not read where data.mode = 'finetuning_only'",
+        ),
+        ({}, ["--config.data.finetuning=c"], "data.finetuning: is not read where data.mode = 'base_only'; .* use data.source"),
+        ({}, ["--config.data.ratio=0.5"], "data.ratio: is not read where data.mode = 'base_only'"),
+        ({"stages": "500: a; b"}, ["--config.data.finetuning=c"], "data.finetuning: is not read where data.stages is set"),
+    ],
+)
+def test_a_flag_that_would_not_be_read_is_refused(before, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        override(config(**before), flags)
+
+
+def test_a_run_that_goes_on_keeps_its_mode():
+    begun = override(config(**HYBRID), [INIT, "--config.data.mode=hybrid", "--config.data.source=c"])
+    assert override(begun, ["--config.data.source=c"]) == begun

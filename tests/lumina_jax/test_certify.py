@@ -307,7 +307,7 @@ def test_of_packed_conversations_only_what_holds_text_is_measured(tokenizer, pac
     assert prefixes(forward("dense"), batches_of(packed), [T - 1], CAUSAL)["tokens"] == text[:, : T - 1].sum()
     n = len(lengths)
     points = [1 + row * (length - 1) // n for row, length in enumerate(lengths)]
-    assert swaps(forward("dense"), batches_of(packed), V, CAUSAL)["tokens"] == 2 * sum(points)
+    assert swaps(forward("dense"), batches_of(packed), V, CAUSAL)["tokens"] == 3 * sum(points)
 
 
 def test_prompts_of_packed_rows_are_of_one_conversation(packed):
@@ -376,6 +376,23 @@ def test_causal_routing_that_takes_the_top_of_a_row_is_refused(monkeypatch, toke
         assert measure["precision"] == "float32"
         assert "no near-tie" in measure["settled"]
         assert measure["flips"] > 0
+
+
+def test_a_choice_that_knows_where_the_text_of_a_row_ends_is_refused(monkeypatch, tokenizer):
+    """The last token before what is empty ends its document: rows as full as packed ones show it nowhere else."""
+    stream = Noise(V - len(tokenizer.control), 15 * 12, seed=6)
+    stream._tokens[14::15] = tokenizer.control["<|document_end|>"]
+    rows = PackedRows(stream, plan(np.arange(0, 15 * 13, 15), T))
+    honest = MoD.__call__
+
+    def knows(self, z_BTD, real_BT, *others):
+        return honest(self, z_BTD, real_BT & jnp.pad(real_BT[:, 1:], ((0, 0), (0, 1)), constant_values=True), *others)
+
+    assert examine(untrained("depth alone"), tokenizer, rows)["causal"]
+    monkeypatch.setattr(MoD, "__call__", knows)
+    certificate = examine(untrained("depth alone"), tokenizer, rows)
+    assert not certificate["causal"]
+    assert "swapped suffixes" in {each.partition(":")[0] for each in certificate["failed"]}
 
 
 @pytest.fixture
@@ -777,16 +794,17 @@ def test_the_model_examined_is_that_of_the_stage_of_annealing(monkeypatch, run, 
     def watched(self, batch, mode):
         hidden_BTD, depth = honest(self, batch, mode)
         if mode == TOP:
-            taken.append((batch["inputs"].shape[1], depth["taken_BT"].sum(axis=2)))
+            real_B = np.sum(batch["segments"] >= 0, axis=1)
+            taken.append((batch["inputs"].shape[1], real_B, depth["taken_BT"].sum(axis=2)))
         return hidden_BTD, depth
 
     monkeypatch.setattr(Forward, "hidden", watched)
     certificate = certify.certify(str(annealed.path), 4, False, QUIET)
     share = 1 - 0.75 * 5 / 8  # five falls of eight before step 5, the last of six
     assert certificate["measures"]["depth"]["share_of_top"] == math.ceil(share * T) / T
-    assert {length for length, _ in taken} >= {T, T // 4}
-    for length, count in taken:
-        assert (count == math.ceil(share * length)).all()
+    assert {length for length, *_ in taken} >= {T, T // 4}
+    for length, real_B, count_LB in taken:
+        assert (count_LB == np.minimum(math.ceil(share * length), real_B)).all()
 
 
 def test_other_data_than_the_run_began_with_is_refused(run, tmp_path):

@@ -589,7 +589,7 @@ def test_a_tie_is_one_however_many_alternatives_there_are():
     config = tiny(moe={"bias_rate": 0.1, "num_experts": 5})
     biases = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
     update = jax.jit(lambda load_LA: update_biases(config.model, biases, {"moe": {"load_A": load_LA}}))
-    for load in (*range(1, 40), 16_777_217, 400_000_001):  # beyond what float32 counts, and five times it beyond int32
+    for load in (*range(1, 40), 16_777_217, 1_000_000_007):  # beyond what float32 counts, and five times it beyond int32
         assert_same_bits(update(jnp.full((2, 5), load, jnp.int32)), biases)
         (found_LA,) = leaves(update(jnp.array([[load] * 5, [load + 1] + [load] * 4], jnp.int32)))
         assert_close(found_LA, [[1] * 5, [1 - 0.16] + [1 + 0.04] * 4], 1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lumina.config import Config, DataConfig, validate
+from lumina.data.packing import FORMAT
 from lumina.data.rows import PackedRows, Rows
 from lumina.errors import ConfigError, DataError
 from lumina.runs.directory import RunDirectory
@@ -144,18 +145,23 @@ def test_of_several_sources_the_one_that_is_too_short_is_named(path, tmp_path):
 
 
 def test_the_fingerprint_is_of_all_sources(path):
-    both, one = (manifest(open_corpora(config(path, **data), quiet)) for data in ({}, {"source": f"{path}/texts.jsonl"}))
+    both, one, packed = (
+        manifest(open_corpora(made := config(path, **data), quiet), made.data)
+        for data in ({}, {"source": f"{path}/texts.jsonl"}, {"source": f"{path}/texts.jsonl", "rows": "packed"})
+    )
     (other,) = both["others"].values()
     assert len({both["fingerprint"], other["fingerprint"], one["fingerprint"]}) == 3
     assert "others" not in one
+    assert packed == one | {"packing": FORMAT, "fingerprint": packed["fingerprint"]}
+    assert packed["fingerprint"] != one["fingerprint"]
 
 
 def test_the_corpora_of_a_run_are_opened_with_its_tokenizer_and_must_be_the_same(path, tmp_path):
     made, run = config(path), RunDirectory(tmp_path)
     corpora = open_corpora(made, quiet)
-    run.record(made, manifest(corpora), next(iter(corpora.values())).tokenizer)
+    run.record(made, manifest(corpora, made.data), next(iter(corpora.values())).tokenizer)
     found = corpora_of(run, made, quiet)
-    assert manifest(found)["fingerprint"] == manifest(corpora)["fingerprint"]
+    assert manifest(found, made.data) == manifest(corpora, made.data)
     with pytest.raises(DataError, match=r"was trained on other data than data\.source"):
         corpora_of(run, config(path, held_out=0.3), quiet)
 
