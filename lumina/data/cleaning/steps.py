@@ -46,6 +46,15 @@ def steps(recipe: Recipe, against: Iterable[str] = ()) -> list[Step]:
     return [build[name]() for name in recipe.named_steps if name in build]
 
 
+def require_options(recipe: Recipe) -> None:
+    """Raise what `steps` would, and what exact and near would, before any text is read: those of --against are not yet."""
+    if "decontaminate" in recipe.named_steps and not recipe.against.strip(", "):
+        raise UsageError("--against: --steps decontaminate compares with evaluation texts; name files that hold some")
+    steps(recipe, against=["a text in place of those"])
+    if "near" in recipe.named_steps:
+        need("rensa", "--steps near")
+
+
 class Repair:
     """Undoes wrong decoding, by ftfy: UTF-8 read as a one-byte encoding, split surrogates, C1 controls for Windows-1252.
 
@@ -116,7 +125,7 @@ class Length:
         self._least, self._most = recipe.min_characters, recipe.max_characters
         if self._least < 0 or self._most < 0 or 0 < self._most < self._least:
             raise UsageError(
-                f"--min_characters = {self._least}, --max_characters = {self._most}: no text is between; 0 is no upper bound"
+                f"--min-characters {self._least}, --max-characters {self._most}: no text is between; 0 is no upper bound"
             )
 
     def __call__(self, document: Document) -> Document | str:

@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,7 +200,7 @@ def _identity(order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_
         "format": FORMAT,
         "fingerprint": planned.fingerprint,
         "units": hashlib.sha256(json.dumps(units).encode()).hexdigest(),
-        "recipe": asdict(order.recipe),
+        "recipe": order.recipe.done,
         "against": plan(against, order.recipe).fingerprint if against else "",
         "held_out": order.held_out,
         "template": order.template,

@@ -5,7 +5,7 @@ import shutil
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,7 +250,7 @@ def _manifest(order: Order, planned: Plan, tokenizer: "Tokenizer", account: Acco
         "format": FORMAT,
         "kind": merged.kind,
         "source": {"spec": ",".join(order.sources), "fingerprint": planned.fingerprint, "formats": planned.formats},
-        "recipe": asdict(order.recipe),
+        "recipe": order.recipe.done,
         "template": order.template,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "held_out_fraction": order.held_out,

@@ -24,6 +24,7 @@ from lumina.data.reports.statistics import (
     chosen_longer,
     figures,
     five_numbers,
+    language_score,
     octaves,
     spread,
 )
@@ -264,7 +265,7 @@ def _languages(found: Figures) -> str:
         for code, count in names
     ]
     more = len(found.languages) - len(names)
-    least = found.corpus.manifest["recipe"]["language_score"]
+    least = language_score(found.corpus)
     what = "sides of pairs" if found.corpus.kind == PREFERENCE else "documents"
     told = f"Of {found.sampled:,} of {len(found.sizes['train']):,} training {what}, evenly spread; und is undetermined, "
     told += f"below a probability of {least:g}. {f'{more} more languages are not shown. ' if more else ''}"

@@ -14,6 +14,7 @@ import numpy as np
 from lumina.conversation import DEFAULT_LOSS_WEIGHTS, NONE, loss_weights
 from lumina.data.corpus import SIDES, Corpus
 from lumina.data.preparing.pipeline import REJECTS, Meter, Say
+from lumina.data.recipe import Recipe
 from lumina.data.records import PREFERENCE, TEXT
 from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
@@ -54,6 +55,11 @@ class Figures:
         return int(sum(counts[ids].sum() for counts in self.ids.values()))
 
 
+def language_score(corpus: Corpus) -> float:
+    """The least probability of a language: that of its step, or the default where that was not taken."""
+    return float(corpus.manifest["recipe"].get("language_score", Recipe().language_score))
+
+
 def figures(corpus: Corpus, say: Say = lambda line: None) -> Figures:
     """Look at all tokens of a prepared directory once, and at some of its documents as text.
 
@@ -67,7 +73,7 @@ def figures(corpus: Corpus, say: Say = lambda line: None) -> Figures:
     ids = {side: _counts(stream, vocabulary, meter, total // max(1, _tokens(streams))) for side, stream in streams.items()}
     by_role = {side: _counts(stream, ROLE_CODES, meter, 1) for side, stream in roles.items()}
     texts = sampled_texts(corpus)
-    spoken, why = languages(texts, corpus.manifest["recipe"]["language_score"])
+    spoken, why = languages(texts, language_score(corpus))
     return Figures(
         corpus=corpus,
         sizes={side: np.diff(corpus.documents(side)) for side in SIDES},

@@ -162,7 +162,7 @@ def test_length_removes_what_is_outside_its_bounds():
     "options", [{"min_characters": -1}, {"max_characters": -1}, {"min_characters": 9, "max_characters": 8}]
 )
 def test_bounds_that_no_text_can_meet_are_refused(options):
-    with pytest.raises(UsageError, match="_characters"):
+    with pytest.raises(UsageError, match="-characters"):
         Length(Recipe(**options))
 
 

@@ -313,7 +313,7 @@ def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
     prepare(tmp_path / "out", *sources)
     before = digests(tmp_path / "out")
     assert prepare(tmp_path / "out", *sources) == json.loads((tmp_path / "out" / "manifest.json").read_text())
-    for asked in ({"vocab_size": 301}, {"held_out": 0.2}, {"recipe": replace(Recipe(), min_characters=2)}):
+    for asked in ({"vocab_size": 301}, {"held_out": 0.2}, {"recipe": Recipe(max_record_mb=8.0)}):
         with pytest.raises(UsageError, match=r"holds another order's work .*->.*choose another --out"):
             prepare(tmp_path / "out", *sources, **asked)
     write(sources[0], map(text, range(9)))
