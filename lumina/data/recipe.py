@@ -8,6 +8,7 @@ from lumina.errors import UsageError
 
 # In this order whatever the order they are named in: what changes a text comes before what judges it.
 STEPS = ("repair", "control", "redact", "length", "quality", "language", "decontaminate", "exact", "near")
+AMONG_DOCUMENTS = ("exact", "near")  # steps that look at several
 DEFAULT_STEPS = "control,exact"
 
 

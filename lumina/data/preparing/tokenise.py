@@ -148,20 +148,19 @@ def tokenise(unit: Unit, job: Job, threads: bool = False) -> Account:
 
 def cleaned(unit: Unit, recipe: Recipe, account: Account, most: int | None = None) -> Iterator[Document]:
     """The documents of a unit, or of its first `most` records, that pass the steps of `recipe`; all else goes to `account`."""
-    passing = _steps(recipe)
     for item in islice(read(unit, recipe), most):
         account.read += 1
         if isinstance(item, Reject):
             account.reject(item)
             continue
-        document = _after(item, passing, account)
+        document = after_steps(item, recipe, account)
         if document is not None:
             yield document
 
 
-def _after(document: Document, passing: list[Step], account: Account) -> Document | None:
-    """What the steps leave of a document."""
-    for step in passing:
+def after_steps(document: Document, recipe: Recipe, account: Account) -> Document | None:
+    """What the steps that look at one document leave of it; what they did goes to `account`."""
+    for step in _steps(recipe):
         before, result = document, step(document)
         if isinstance(result, str):
             account.remove(step.name, result, before.name, before.text)

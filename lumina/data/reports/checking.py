@@ -15,7 +15,7 @@ from lumina.conversation import named, render
 from lumina.data.corpus import kind_of
 from lumina.data.preparing.pipeline import Say, bad_records
 from lumina.data.reading.readers import plan, spool
-from lumina.data.recipe import Recipe, add_recipe, recipe_of
+from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn
 from lumina.data.reports.scoring import score
 from lumina.data.reports.statistics import five_numbers, languages, most_first
@@ -124,7 +124,7 @@ def _steps(looked: Survey, recipe: Recipe) -> dict[str, Any]:
     return {
         step: {"changed": account.changed.get(step, 0), "removed": most_first(account.removed.get(step, {}))}
         for step in recipe.named_steps
-        if step not in ("exact", "near")  # told under duplicates, whether named or not
+        if step not in AMONG_DOCUMENTS  # told under duplicates, whether named or not
     }
 
 

@@ -1,4 +1,4 @@
-"""`lumina data show`: a record of a file as the tokens that training sees, their ids and the weight of each in the loss."""
+"""`lumina data show`: a record of a file as the tokens that are made of it, their ids and the weight of each in the loss."""
 
 import argparse
 import json
@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TEXT, loss_weights, named, render
+from lumina.data.preparing.tokenise import Account, after_steps
 from lumina.data.reading.readers import plan, read
-from lumina.data.recipe import add_recipe, recipe_of
+from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
 from lumina.data.records import PREFERENCE, Document, Reject, Turn
 from lumina.errors import DataError, UsageError
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
@@ -48,38 +49,62 @@ def tell(arguments: argparse.Namespace) -> None:
     if arguments.record < 1:
         raise UsageError(f"--record {arguments.record}: the first is 1")
     weights, form = loss_weights(arguments.loss_weights), named(arguments.template)
-    record, documents = _found(arguments)
-    if isinstance(record, Reject):
-        found: dict[str, Any] = {"name": record.name, "kind": "rejected", "why": record.kind, "sample": record.sample}
+    taken, documents = _found(arguments, recipe_of(arguments))
+    if isinstance(taken, Reject):
+        found: dict[str, Any] = {"name": taken.name, "kind": "rejected", "why": taken.kind, "sample": taken.sample}
+    elif taken.document is None:
+        found = {"name": taken.name, "kind": "removed", "why": taken.did.pop(), "steps": taken.did}
     else:
         tokenizer = load_tokenizer(arguments.tokenizer, form.extra) if arguments.tokenizer else _small(documents, form.extra)
-        found = shown(record, tokenizer, arguments.template, weights)
+        found = shown(taken.document, tokenizer, arguments.template, weights) | {"steps": taken.did}
     if arguments.json:
         print(json.dumps(found))
     else:
         print(text(found, _is_coloured(), shutil.get_terminal_size((WIDEST, 24)).columns))
 
 
-def _found(arguments: argparse.Namespace) -> tuple[Document | Reject, list[Document]]:
-    """The record that is asked for, and the first documents, which a tokenizer can be trained on."""
+class Taken(NamedTuple):
+    """A record that was read, and what the steps made of it."""
+
+    name: str
+    document: Document | None  # None: removed
+    did: list[str]  # by steps, in words; what removed it comes last
+
+
+def _found(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Taken | Reject, list[Document]]:
+    """The record that is asked for, and of the first ones what the steps leave, which a tokenizer can be trained on."""
     documents: list[Document] = []
-    found: Document | Reject | None = None
+    found: Taken | Reject | None = None
     number = 0
-    for number, record in enumerate(_records(arguments), start=1):
-        found = record if number == arguments.record else found
-        if number <= SAMPLE_RECORDS and isinstance(record, Document):
-            documents.append(record)
+    for number, record in enumerate(_records(arguments.file, recipe), start=1):
+        if number == arguments.record or number <= SAMPLE_RECORDS:
+            taken = record if isinstance(record, Reject) else _taken(record, recipe)
+            found = taken if number == arguments.record else found
+            if number <= SAMPLE_RECORDS and isinstance(taken, Taken) and taken.document:
+                documents.append(taken.document)
         if number >= arguments.record and (arguments.tokenizer or number >= SAMPLE_RECORDS):
             break
     if found is None:
         raise UsageError(f"--record {arguments.record}: {arguments.file} has {number:,}")
-    return found, documents or [found] if isinstance(found, Document) else documents
+    return found, documents or [found.document] if isinstance(found, Taken) and found.document else documents
 
 
-def _records(arguments: argparse.Namespace) -> Iterator[Document | Reject]:
-    recipe = recipe_of(arguments)
-    for unit in plan([arguments.file], recipe).units:
+def _records(source: str, recipe: Recipe) -> Iterator[Document | Reject]:
+    for unit in plan([source], recipe).units:
         yield from read(unit, recipe)
+
+
+def _taken(record: Document, recipe: Recipe) -> Taken:
+    account = Account()
+    document = after_steps(record, recipe, account)
+    did = [f"{step} changed it" for step in account.changed]
+    did += [f"removed by {step}: {reason}" for step, reasons in account.removed.items() for reason in reasons]
+    if document:
+        unchanged = [step for step in recipe.named_steps if step not in (*account.changed, *AMONG_DOCUMENTS)]
+        did += [f"{', '.join(unchanged)} left it as it was"] if unchanged else []
+        among = [step for step in recipe.named_steps if step in AMONG_DOCUMENTS]
+        did += [f"{', '.join(among)} not tried: that takes the other documents"] if among else []
+    return Taken(record.name, document, did)
 
 
 def _small(documents: list[Document], extra: tuple[str, ...]) -> Tokenizer:
@@ -151,6 +176,8 @@ def text(found: dict[str, Any], coloured: bool, width: int) -> str:
     """The record for a terminal of `width` columns: each token's id and text, coloured or marked where it is learned."""
     if found["kind"] == "rejected":
         return f"{found['name']}: rejected: {found['why']}\n  {found['sample']}".rstrip()
+    if found["kind"] == "removed":
+        return f"{found['name']}: {'; '.join([*found['steps'], found['why']])}"
     weights = ", ".join(f"{role} {weight:g}" for role, weight in found["loss_weights"].items() if role != "none")
     legend = (
         f"{GREY}not learned{PLAIN}, {GREEN}learned{PLAIN}, {YELLOW}learned more{PLAIN}"
@@ -161,6 +188,7 @@ def text(found: dict[str, Any], coloured: bool, width: int) -> str:
     lines = [
         f"{found['name']}: {found['kind']}{template}, tokenizer {found['tokenizer']}",
         f"loss weights: {weights} ({legend})",
+        *([f"steps: {'; '.join(found['steps'])}"] if found["steps"] else []),
     ]
     for side in found["sides"]:
         learned = sum(weight > 0 for weight in side["weights"])

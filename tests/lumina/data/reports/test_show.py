@@ -39,7 +39,8 @@ def told(places, capsys):
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_json_has_the_ids_roles_and_weights_of_the_renderer(told, places, template):
     place = str(places / "tokenizer")
-    found = json.loads(told("--json", "--template", template, "--tokenizer", place, "--loss-weights", "assistant=1.5,user=1"))
+    asked = "--tokenizer", place, "--loss-weights", "assistant=1.5,user=1", "--steps", "none"
+    found = json.loads(told("--json", "--template", template, *asked))
     tokenizer = load_tokenizer(place, TEMPLATES[template].extra)
     turns = [Turn("user", "What is\n2 + 2?"), Turn("assistant", "4 é\x1b[2J")]
     (side,) = found["sides"]
@@ -54,7 +55,7 @@ def test_json_has_the_ids_roles_and_weights_of_the_renderer(told, places, templa
 
 
 def test_text_marks_what_is_learned_and_cannot_steer_a_terminal(told, places):
-    text = told("--tokenizer", str(places / "tokenizer"))
+    text = told("--tokenizer", str(places / "tokenizer"), "--steps", "none")
     assert "\x1b" not in text
     assert "conversation, template lumina, tokenizer bpe-270" in text
     assert " tokens, 9 of them learned" in text
@@ -96,6 +97,37 @@ def test_both_sides_of_a_preference(told):
 def test_a_rejected_record_is_told_with_its_kind(told):
     assert ":3: rejected: role tool\n" in told("--record", "3")
     assert json.loads(told("--record", "3", "--json"))["why"] == "role tool"
+
+
+def test_a_record_is_shown_as_the_steps_leave_it_and_what_they_did_is_told(told, places):
+    place = str(places / "tokenizer")
+    found = json.loads(told("--tokenizer", place, "--json"))
+    others = "exact not tried: that takes the other documents"
+    assert found["steps"] == ["control changed it", others]
+    assert "\\x1b" not in found["sides"][0]["pieces"]
+    assert "[" in found["sides"][0]["pieces"]
+    assert f"\nsteps: control changed it; {others}\n" in told("--tokenizer", place)
+    assert json.loads(told("--record", "4", "--steps", "redact,length", "--json"))["steps"] == [
+        "redact, length left it as it was"
+    ]
+    assert "steps" not in told("--steps", "none")
+
+
+def test_what_is_redacted_is_not_shown(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "ask bob.smith@example.com"}) + "\n" + json.dumps({"text": "?"}))
+    cli.run(["data", "show", str(tmp_path / "a.jsonl"), "--steps", "redact", "--redact", "email", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert "".join(found["sides"][0]["pieces"]) == "ask\u00b7[EMAIL]<|document_end|>"
+    assert found["steps"] == ["redact changed it"]
+
+
+def test_a_record_that_a_step_removes_is_told_with_the_step_and_why(told):
+    steps = "--steps", "control,length", "--min-characters", "12"
+    why = "removed by length: shorter than 12 characters"
+    assert told("--record", "4", *steps).endswith(f"chats.jsonl:4: {why}\n")
+    found = json.loads(told("--record", "4", *steps, "--json"))
+    assert (found["kind"], found["why"], found["steps"]) == ("removed", why, [])
+    assert "shorter" not in told("--record", "2", *steps)
 
 
 def test_all_of_a_text_is_learned(told):
