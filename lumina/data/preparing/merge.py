@@ -7,6 +7,7 @@ import json
 import shutil
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,7 +165,7 @@ def _record(step: str, what: str, count: int, told: list[tuple[int, int]], units
         return units[which].name(number - int(starts[which]))
 
     for number, earlier in told:
-        account.remove(step, f"{what} an earlier document", name(number), f"as {name(earlier)}")
+        account.remove(step, f"{what} an earlier document", name(number), partial("as {}".format, name(earlier)))
     if count:
         account.removed[step] = {f"{what} an earlier document": count}
 

@@ -6,10 +6,11 @@ What is written is a function of the unit and the job alone, so that units may b
 import json
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,6 +27,8 @@ from lumina.runs.steps import sync_directory, sync_files
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
+
+Redacted = Callable[[Document], str]
 
 DOCUMENT_END = "<|document_end|>"
 CHUNK_CHARACTERS = 2**20  # tokenised at once
@@ -75,23 +78,26 @@ class Account:
         if self.rejects[item.kind] <= SAMPLES:
             self.rejected.append({"name": item.name, "kind": item.kind, "sample": item.sample})
 
-    def remove(self, step: str, reason: str, name: str, text: str) -> None:
+    def remove(self, step: str, reason: str, name: str, text: Callable[[], str]) -> None:
         """Count a document that a step removed; of the first few, its name and the beginning of its text are kept."""
         reasons = self.removed.setdefault(step, {})
         reasons[reason] = reasons.get(reason, 0) + 1
-        self._sample(step, f"removed: {reason}", reasons[reason], name, text, "")
+        if reasons[reason] <= SAMPLES:
+            self._sample(step, f"removed: {reason}", name, text(), "")
 
-    def change(self, step: str, name: str, before: str, after: str) -> None:
+    def change(self, step: str, before: Document, after: Document, redacted: Redacted | None) -> None:
+        """Count a document that a step changed; of the first few, what is around the first change is kept. What `redacted`
+        takes away is not, so that of those no text before it is."""
         self.changed[step] = self.changed.get(step, 0) + 1
         if self.changed[step] <= SAMPLES:
-            first = next((i for i, (old, new) in enumerate(zip(before, after, strict=False)) if old != new), 0)
+            old, new = before.text, redacted(after) if redacted else after.text
+            first = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), 0)
             begin = max(0, first - SAMPLE_CHARACTERS // 3)
-            self._sample(step, "changed", self.changed[step], name, before[begin:], after[begin:])
+            self._sample(step, "changed", before.name, "" if redacted else old[begin:], new[begin:])
 
-    def _sample(self, step: str, what: str, count: int, name: str, before: str, after: str) -> None:
-        if count <= SAMPLES:
-            told = {"what": what, "name": name, "before": before[:SAMPLE_CHARACTERS], "after": after[:SAMPLE_CHARACTERS]}
-            self.samples.setdefault(step, []).append({key: value for key, value in told.items() if value})
+    def _sample(self, step: str, what: str, name: str, before: str, after: str) -> None:
+        told = {"what": what, "name": name, "before": before[:SAMPLE_CHARACTERS], "after": after[:SAMPLE_CHARACTERS]}
+        self.samples.setdefault(step, []).append({key: value for key, value in told.items() if value})
 
     def add(self, other: "Account") -> None:
         """Sum; of samples, the first few of each kind stay."""
@@ -150,8 +156,8 @@ def cleaned(unit: Unit, recipe: Recipe, account: Account, most: int | None = Non
     """The documents of a unit, or of its first `most` records, that pass the steps of `recipe`; all else goes to `account`."""
     for item in islice(read(unit, recipe), most):
         account.read += 1
-        if isinstance(item, Reject):
-            account.reject(item)
+        if isinstance(item, Reject):  # of bytes that nobody can read, nobody can redact a sample
+            account.reject(item._replace(sample="") if "redact" in recipe.named_steps else item)
             continue
         document = after_steps(item, recipe, account)
         if document is not None:
@@ -160,21 +166,40 @@ def cleaned(unit: Unit, recipe: Recipe, account: Account, most: int | None = Non
 
 def after_steps(document: Document, recipe: Recipe, account: Account) -> Document | None:
     """What the steps that look at one document leave of it; what they did goes to `account`."""
+    redacted = _redacted(recipe)
     for step in _steps(recipe):
         before, result = document, step(document)
+        if isinstance(result, Document) and result is not before:
+            account.change(step.name, before, result, redacted)
+            result = _why_useless(result) or result
         if isinstance(result, str):
-            account.remove(step.name, result, before.name, before.text)
+            account.remove(step.name, result, before.name, partial(redacted or attrgetter("text"), before))
             return None
         document = result
-        if document is not before:
-            account.change(step.name, before.name, before.text, document.text)
-            if not (document.text.strip() and all(turn.text.strip() for turn in (*document.turns, *document.rejected))):
-                account.remove(step.name, "nothing left", before.name, before.text)
-                return None
-            if document.rejected == document.turns and document.rejected:
-                account.remove(step.name, "chosen and rejected are equal", before.name, before.text)
-                return None
     return document
+
+
+def _why_useless(document: Document) -> str:
+    """Why nothing can be learned from a document that a step changed, or ""."""
+    if not (document.text.strip() and all(turn.text.strip() for turn in (*document.turns, *document.rejected))):
+        return "nothing left"
+    return "chosen and rejected are equal" if document.rejected == document.turns and document.rejected else ""
+
+
+def _redacted(recipe: Recipe) -> Redacted | None:
+    """What gives the text of a document as the steps up to redact leave it; None where that step is not taken."""
+    if "redact" not in recipe.named_steps:
+        return None
+    names = [step.name for step in _steps(recipe)]
+    changing = _steps(recipe)[: names.index("redact") + 1]
+
+    def redacted(document: Document) -> str:
+        for step in changing:
+            result = step(document)
+            document = result if isinstance(result, Document) else document
+        return document.text
+
+    return redacted
 
 
 def read_account(directory: Path) -> Account:

@@ -2,6 +2,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lumina import cli
 from lumina.config import DataConfig
 from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
@@ -435,6 +437,34 @@ def test_a_pair_that_cleaning_makes_equal_is_removed(tmp_path):
     pairs += [{"prompt": f"Name {i}?", "chosen": f"Anna {i}", "rejected": f"Bert {i}"} for i in range(30)]
     manifest = prepare(tmp_path / "out", write(tmp_path / "a.jsonl", pairs), recipe=Recipe(steps="redact"), vocab_size=262)
     assert manifest["steps"]["redact"]["removed"] == {"chosen and rejected are equal": 30}
+
+
+def test_what_is_redacted_is_nowhere_in_what_is_made(tmp_path):
+    """Nor is the half of an address that the end of a sample cuts, nor one with a character within that `control` removes."""
+    who = "qob.qmith@qxample.com"
+    split, wrong = who.replace("qmith", "qmi\u200bth"), "schÃ¶n"
+    records = [{"text": f"{i} \u200b{wrong} ask {who} or {split} now"} for i in range(20)]  # repaired, controlled, redacted
+    records += [{"text": f"\u200b{'x' * at} {who} {'y' * 50}"} for at in (80, 185, 285, 290)]  # samples end in an address
+    records += [{"text": f"{who} {i}"} for i in range(9)]  # too short
+    chats = [{"prompt": f"Mail {i} of {who}?", "response": "\u200b"} for i in range(9)]  # nothing is left
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps(each) + "\n" for each in [*records, *chats]) + f"{{ {who}\n{'z' * 70} {who}\n[]\n"
+    )
+    recipe = Recipe(steps="repair,control,redact,length,exact,near", redact="email", min_characters=15)
+    manifest = prepare(tmp_path / "out", tmp_path / "a.jsonl", recipe=recipe, vocab_size=262)
+    assert manifest["rejects"]["counts"] == {"no turns": 1, "not JSON": 2}
+    cli.run(["data", "report", str(tmp_path / "out"), "--out", str(tmp_path / "out" / "report.html")])
+    corpus = open_corpus(tmp_path / "out")
+    made = {"train": "".join(texts_of(corpus, "train")), "held out": "".join(texts_of(corpus, "held_out"))}
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            made[path.name] = path.read_bytes().decode("utf-8", "replace")
+    assert {"samples.json", "rejects.jsonl", "report.html", "manifest.json"} <= made.keys()
+    assert made["samples.json"].count("[EMAIL]") > 20
+    for name, holds in made.items():
+        assert not re.search("qob|qmi|qxa|ple.com", holds), name
+    samples = json.loads(made["samples.json"])
+    assert {step: len(each) for step, each in samples.items()} == {"repair": 5, "control": 10, "redact": 5, "length": 5}
 
 
 def test_equal_questions_are_on_one_side_whatever_the_answers(tmp_path):
