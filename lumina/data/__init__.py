@@ -55,6 +55,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
     from lumina.tokenizer_files import load_tokenizer
 
     recipe = Recipe(steps="none", text_field=data.text_field)
+    _require_apart(sources)
     opened = {source: open_corpus(Path(source)) for source in sources if is_prepared(Path(source))}
     orders = {source: Order(_named(source), recipe, data.held_out, data.template) for source in sources if source not in opened}
     plans = {source: plan(order.sources, recipe) for source, order in orders.items()}
@@ -79,6 +80,16 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         if says := told(corpus.manifest):
             progress(f"{corpus.manifest['source']['spec']}: {says}")
     return [opened[source] for source in sources]
+
+
+def _require_apart(sources: Sequence[str]) -> None:
+    """Raise a ConfigError where a prepared directory is one of several sources that are read as one."""
+    for source in sources:
+        parts = _named(source)
+        prepared = [part for part in parts if is_prepared(Path(part))]
+        if prepared and len(parts) > 1:
+            works = f"mix them by weight: {','.join(f'{part}@1' for part in parts)}"
+            raise ConfigError(f"{source}: {prepared[0]} is a prepared directory, which is no part of another source; {works}")
 
 
 def _require_as_asked(source: str, corpus: Corpus, data: DataConfig, say: Say) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 FORMAT = 2  # of a prepared directory, and part of every cache key: raise it when shards or manifest change meaning
 SIDES = ("train", "held_out")
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer"
+WORK, ORDER = "work", "order.json"  # in a directory that is being prepared: what is done so far, and in it whose work it is
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,13 @@ class Corpus:
 
 
 def is_prepared(path: Path) -> bool:
-    """Whether `path` is a prepared directory."""
-    return (path / MANIFEST).is_file()
+    """Whether `path` is a prepared directory; others may have a manifest.json too."""
+    return (path / MANIFEST).is_file() and any((path / own).exists() for own in (TOKENIZER, "train-documents.npy"))
+
+
+def is_unfinished(path: Path) -> bool:
+    """Whether `path` becomes a prepared directory when the command that began it goes on."""
+    return (path / WORK / ORDER).is_file()
 
 
 def open_corpus(path: Path, tokenizer: "Tokenizer | None" = None) -> Corpus:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
-from lumina.data.corpus import FORMAT, MANIFEST, SIDES, TOKENIZER, is_prepared
-from lumina.data.preparing.pipeline import REJECTS, SHARDS, WORK, Order, fill, save_whole, train_tokenizer
+from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, is_prepared
+from lumina.data.preparing.pipeline import REJECTS, SHARDS, Order, fill, save_whole, train_tokenizer
 from lumina.data.reading.readers import Plan, plan, spool
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
 HELD_OUT, VOCAB_SIZE = 0.02, 32_768
-ORDER = "order.json"  # in the work directory: whose work it is
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.data.cleaning.duplicates import exact_key
-from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER
+from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER, WORK
 from lumina.data.preparing import engines, merge
 from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
 from lumina.data.reading.readers import Plan, plan, text_bytes
@@ -24,7 +24,6 @@ from lumina.runs.units import duration, si
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-WORK = "work"  # in a directory that is being prepared: what is done so far
 REJECTS = "rejects.jsonl"
 SHARDS = f"{WORK}-shards"  # beside it: the shards of a merge that is not over
 SAY_SECONDS = 2.0

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import NamedTuple
 
+from lumina.data.corpus import is_prepared, is_unfinished
 from lumina.data.reading.conversations import is_tree
 from lumina.data.reading.formats import PEEKED_RECORDS, Part, records
 from lumina.data.reading.json_values import values
@@ -72,8 +74,18 @@ def find(spec: str, recipe: Recipe) -> tuple[list[Found], Counter[str]]:
     passed: Counter[str] = Counter()
     named = os.path.expanduser(spec)
     if os.path.isdir(named):
+        _require_source(spec, Path(named))
         return list(_of_directory(named, recipe, passed)), passed
     return [_named(path, recipe) for path in _matches(spec, named)], passed
+
+
+def _require_source(spec: str, path: Path) -> None:
+    """Raise a DataError for a directory that `lumina data prepare` makes: its shards are no documents, its manifest is none."""
+    if is_unfinished(path):
+        raise DataError(f"{shown(spec)}: is being prepared, or was stopped; the command that began it goes on with it")
+    if is_prepared(path):
+        works = f"train on it alone, or in a mixture such as {shown(spec)}@1,OTHER@1; else name what it was made of"
+        raise DataError(f"{shown(spec)}: is a prepared directory, which holds no documents to read; {works}")
 
 
 def _matches(spec: str, named: str) -> list[str]:
@@ -182,11 +194,18 @@ def _walk(top: str, passed: Counter[str]) -> Iterator[str]:
             seen.add(real)
         return not reason
 
+    def is_source(here: str, name: str) -> bool:
+        path = Path(here, name)
+        if is_prepared(path) or is_unfinished(path):
+            passed["prepared directory"] += 1
+            return False
+        return True
+
     def fail(error: OSError) -> None:
         raise DataError(f"{shown(error.filename)}: cannot be read: {error.strerror}") from error
 
     for here, children, names in os.walk(top, onerror=fail, followlinks=True):
-        children[:] = [child for child in sorted(children) if is_new(here, child, "directory")]
+        children[:] = [child for child in sorted(children) if is_source(here, child) and is_new(here, child, "directory")]
         for name in sorted(names):
             path = os.path.join(here, name)
             if not os.path.exists(path):

@@ -488,6 +488,15 @@ def test_what_a_kill_left_after_the_manifest_is_removed(tmp_path, sources):
     assert not (tmp_path / "out" / "work").exists()
 
 
+def test_a_prepared_directory_in_a_list_of_files_is_refused_with_the_mixture_that_works(tmp_path, sources):
+    prepare(tmp_path / "out", sources[0])
+    spec = f"{sources[1]}, {tmp_path / 'out'}"
+    works = f"mix them by weight: {sources[1]}@1,{tmp_path / 'out'}@1"
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'out'} is a prepared directory.*; {works}$"):
+        prepare_all([spec], DataConfig(cache_dir=str(tmp_path / "cache")), VOCABULARY, lambda line: None)
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_prepared_directory_in_another_template_is_refused_and_its_own_split_is_told(tmp_path):
     prepare(tmp_path / "out", write(tmp_path / "a.jsonl", map(conversation, range(80))), template="chat")
     data = DataConfig(source=str(tmp_path / "out"), held_out=0.1)

@@ -509,3 +509,38 @@ def test_synthetic_documents_are_two_thousand_different_true_programs():
         scope = {}
         exec(definition, scope)  # noqa: S102
         assert all(eval(call, scope) for call in calls.splitlines())  # noqa: S307
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A folder with a text and a prepared directory, whose manifest and samples could be read as records."""
+    directory = tmp_path / "texts" / "made"
+    (directory / "tokenizer").mkdir(parents=True)
+    for name in ("manifest.json", "samples.json"):
+        (directory / name).write_text('{"text": "of a prepared directory"}')
+    (tmp_path / "texts" / "a.txt").write_text("a text")
+    return directory
+
+
+def test_a_prepared_directory_is_refused_as_a_source_by_name(made):
+    with pytest.raises(DataError, match=f"^{made}: is a prepared directory.*alone, or in a mixture such as {made}@1,OTHER@1"):
+        plan([str(made.parent / "a.txt"), str(made)], Recipe())
+
+
+def test_one_that_was_stopped_is_refused_too(made):
+    (made / "manifest.json").unlink()
+    (made / "work").mkdir()
+    (made / "work" / "order.json").write_text("{}")
+    with pytest.raises(DataError, match=f"^{made}: is being prepared, or was stopped; the command that began it goes on"):
+        plan([str(made)], Recipe())
+    assert len(read_all(made.parent)) == 1
+
+
+def test_one_below_a_folder_is_passed_over_and_told(made):
+    assert [record.text for record in read_all(made.parent)] == ["a text"]
+    assert f"{made.parent}: 1 passed over: 1 prepared directory" in plan([str(made.parent)], Recipe()).formats
+
+
+def test_a_folder_with_a_manifest_of_something_else_is_a_source(made):
+    (made / "tokenizer").rmdir()
+    assert [record.text for record in read_all(made)] == ["of a prepared directory"] * 2
