@@ -21,7 +21,7 @@ from lumina.data.corpus import FORMAT, TOKENIZER, Corpus, is_prepared, open_corp
 from lumina.data.preparing.pipeline import Order, fill, require_fits, told, train_tokenizer
 from lumina.data.reading.readers import Plan, plan, read
 from lumina.data.recipe import Recipe
-from lumina.data.records import Document
+from lumina.data.records import PREFERENCE, Document
 from lumina.data.rows import Batches, Rows
 from lumina.data.shards import TokenStream
 from lumina.errors import ConfigError, DataError, UsageError
@@ -59,6 +59,10 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
     opened = {source: open_corpus(Path(source)) for source in sources if is_prepared(Path(source))}
     orders = {source: Order(_named(source), recipe, data.held_out, data.template) for source in sources if source not in opened}
     plans = {source: plan(order.sources, recipe) for source, order in orders.items()}
+    for planned in plans.values():
+        _require_learnable(planned.kinds.get(PREFERENCE, ""))
+    for source, corpus in opened.items():
+        _require_learnable(source if corpus.kind == PREFERENCE else "")
     extra = TEMPLATES[data.template].extra
     if data.tokenizer != "bpe":
         tokenizer = load_tokenizer(data.tokenizer, extra)
@@ -90,6 +94,13 @@ def _require_apart(sources: Sequence[str]) -> None:
         if prepared and len(parts) > 1:
             works = f"mix them by weight: {','.join(f'{part}@1' for part in parts)}"
             raise ConfigError(f"{source}: {prepared[0]} is a prepared directory, which is no part of another source; {works}")
+
+
+def _require_learnable(preferences: str) -> None:
+    """Raise a DataError where there is a name of something that holds preferences."""
+    if preferences:
+        works = "training needs texts or conversations; name others, or make conversations of the chosen sides"
+        raise DataError(f"{preferences}: holds preferences, chosen and rejected; {works}")
 
 
 def _require_as_asked(source: str, corpus: Corpus, data: DataConfig, say: Say) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,10 +102,19 @@ def open_corpus(path: Path, tokenizer: "Tokenizer | None" = None) -> Corpus:
     return Corpus(path, manifest, tokenizer, train, held_out)
 
 
-def kind_of(kinds: set[str]) -> str:
-    """The kind of a corpus whose documents are of `kinds`; raises DataError where they cannot be together."""
+class KindsError(DataError):
+    """Kinds of documents that cannot be one corpus."""
+
+
+def kind_of(kinds: Mapping[str, object]) -> str:
+    """The kind of a corpus whose documents are of `kinds`, each with where it is seen, or how often.
+
+    Raises KindsError where they cannot be together.
+    """
     if PREFERENCE in kinds and len(kinds) > 1:
-        raise DataError(f"holds {' and '.join(sorted(kinds))} records: preferences cannot be prepared together with others")
+        said = " and ".join(f"{kind} ({kinds[kind]})" for kind in sorted(kinds))
+        works = "prepare them apart, each with an --out of its own"
+        raise KindsError(f"holds {said} records: preferences cannot be prepared together with others; {works}")
     return PREFERENCE if PREFERENCE in kinds else CONVERSATION if CONVERSATION in kinds else TEXT
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
-from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, is_prepared
+from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, KindsError, is_prepared, kind_of
 from lumina.data.preparing.pipeline import REJECTS, SHARDS, Order, fill, save_whole, train_tokenizer
 from lumina.data.reading.readers import Plan, plan, spool
 from lumina.data.recipe import add_recipe, recipe_of
@@ -137,6 +137,7 @@ def prepare_directory(
         planned = plan(order.sources, order.recipe, console.status)
         for line in planned.formats:
             console.say(line)
+        kind_of(planned.kinds)
         loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer, TEMPLATES[order.template].extra)
         identity = _identity(order, planned, loaded, vocab_size, sample)
         if is_prepared(out):
@@ -178,16 +179,23 @@ def _one_line(out: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[Path]:
-    """Make `out`, for no other process meanwhile; gives its work directory, which goes again where nothing came of it."""
+    """Make `out`, for no other process meanwhile; gives its work directory. What nothing came of goes again."""
+    is_new = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     work, lock = out / WORK, RunLock(out / ".lock")
     try:
         work.mkdir(exist_ok=True)
         yield work
+    except KindsError:  # of these sources nothing can come
+        for left in (work, out / SHARDS):
+            shutil.rmtree(left, ignore_errors=True)
+        raise
     finally:
-        lock.release()
         if not (work / ORDER).is_file():
             shutil.rmtree(work, ignore_errors=True)
+        if is_new and [path.name for path in out.iterdir()] == [".lock"]:
+            shutil.rmtree(out)
+        lock.release()
 
 
 def _identity(order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_size: int, sample: float) -> dict[str, Any]:

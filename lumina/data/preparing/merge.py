@@ -47,10 +47,10 @@ def merge(
     """Write the shards and indices of all units, (source, files) in order, into `directory`.
 
     Raises:
-        DataError: no document is left, or none on a side of the split, or preferences are mixed with other kinds.
+        DataError: no document is left, or none on a side of the split, or, as a KindsError, preferences are mixed with others.
     """
     tables = [_Unit(source, path, dtype) for source, path in units]
-    kind = kind_of({KINDS[code] for unit in tables for code in np.unique(unit.documents["kind"])})
+    kind = kind_of(_kinds(tables))
     account = Account()
     kept = _kept(tables, recipe, account)
     held = [unit.documents["place"] < held_out for unit in tables]
@@ -104,6 +104,16 @@ class _Unit:
     def name(self, index: int) -> str:
         with open(self.path / "names.jsonl", encoding="utf-8") as file:
             return str(json.loads(next(islice(file, index, None))))
+
+
+def _kinds(units: list[_Unit]) -> dict[str, str]:
+    """Each kind of documents, and the name of the first one."""
+    found: dict[str, str] = {}
+    for unit in units:
+        for code, first in zip(*np.unique(unit.documents["kind"], return_index=True), strict=True):
+            if KINDS[code] not in found:
+                found[KINDS[code]] = unit.name(int(first))
+    return found
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -13,7 +13,7 @@ from lumina.data.reading.streams import lines, opened, sample, shown
 from lumina.data.reading.tables import arrow_rows, csv_rows, parquet_rows
 from lumina.data.reading.trees import trees
 from lumina.data.recipe import Recipe
-from lumina.data.records import Document, Reject
+from lumina.data.records import CONVERSATION, TEXT, Document, Reject
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 PEEKED_RECORDS = 20
@@ -59,20 +59,30 @@ def records(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
     return _table(part, recipe)
 
 
-def about(part: Part, recipe: Recipe) -> str:
-    """How the file is read, in words, by its first records."""
-    said = [part.format, *([part.encoding] if part.encoding else [])]
+class Way(NamedTuple):
+    """How a file is read, by its first records."""
+
+    words: str
+    kinds: frozenset[str]  # of its documents, as of `lumina.data.records`; none where the first records are all bad
+
+
+def way(part: Part, recipe: Recipe) -> Way:
+    """How the file is read."""
+    said, kinds = [part.format, *([part.encoding] if part.encoding else [])], {TEXT}
     if part.format == "text" and not part.encoding and os.path.getsize(part.path) > limit(recipe):
         said.append(f"larger than {recipe.max_record_mb:g} MB and thus rejected; with --format lines a line is a document")
     elif part.format in ("text", "lines"):
         said.append(f"a document a {'file' if part.format == 'text' else 'line'}")
     elif part.trees:
         said.append("conversations (trees of replies)")
+        kinds = {CONVERSATION}
     else:
         found = [each for each in islice(records(part, recipe), PEEKED_RECORDS) if not isinstance(each, Reject)]
         forms = Counter(form(value, recipe.text_field) for _, value, _ in found).most_common()
         said += [name for name, _ in forms] or [f"no record in the first {PEEKED_RECORDS}"]
-    return ", ".join(said)
+        read = [document(value, name, recipe.text_field) for name, value, _ in found]
+        kinds = {each.kind for each in read if isinstance(each, Document)}
+    return Way(", ".join(said), frozenset(kinds))
 
 
 def usable(record: Document | Reject, recipe: Recipe, source: Any) -> Document | Reject:

@@ -16,12 +16,12 @@ from typing import BinaryIO, NamedTuple
 from lumina.data.reading import embedded, huggingface
 from lumina.data.reading.conversations import document
 from lumina.data.reading.finding import EMBEDDED, Found, find, readable
-from lumina.data.reading.formats import Part, about, documents, usable
+from lumina.data.reading.formats import Part, documents, usable, way
 from lumina.data.reading.huggingface import PREFIX
 from lumina.data.reading.streams import expansion, shown
 from lumina.data.reading.tables import arrow_batches, parquet_groups
 from lumina.data.recipe import Recipe
-from lumina.data.records import Document, Reject
+from lumina.data.records import CONVERSATION, PREFERENCE, TEXT, Document, Reject
 from lumina.errors import DataError
 
 UNIT_BYTES = 16 * 2**20
@@ -56,6 +56,7 @@ class Plan(NamedTuple):
     fingerprint: str  # sha256 over contents and formats, wherever the files lie; what the recipe decides is not in it
     formats: list[str]  # what was found, and how it is read, a line each
     bytes: int
+    kinds: dict[str, str]  # kinds of documents that are seen already, and the first file or source of each
 
 
 def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] | None = None) -> Plan:
@@ -74,8 +75,9 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
     sources: list[tuple[str, list[Found]]] = []
     said: list[str] = []
     taken: set[str] = set()
+    kinds: dict[str, str] = {}
     for spec in specs:
-        found, about = _found(spec, recipe)
+        found, about = _found(spec, recipe, kinds)
         said += about
         for identity in [os.path.realpath(each.path) for each in found] or [spec]:
             if identity in taken:
@@ -93,7 +95,7 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
         else:
             units += _of_hub(spec, digest.update, said) if spec.startswith(PREFIX) else _embedded(spec, digest.update, said)
     units = [unit._replace(number=number) for number, unit in enumerate(units)]
-    return Plan(units, digest.hexdigest(), said, sum(unit.bytes for unit in units))
+    return Plan(units, digest.hexdigest(), said, sum(unit.bytes for unit in units), kinds)
 
 
 def text_bytes(planned: Plan) -> int:
@@ -124,9 +126,10 @@ def read(unit: Unit, recipe: Recipe) -> Iterator[Document | Reject]:
                 yield from documents(part, recipe)
 
 
-def _found(spec: str, recipe: Recipe) -> tuple[list[Found], list[str]]:
-    """The files of a source, none where it has none, and what to tell of them."""
+def _found(spec: str, recipe: Recipe, kinds: dict[str, str]) -> tuple[list[Found], list[str]]:
+    """The files of a source, none where it has none, and what to tell of them; kinds that are new go to `kinds`."""
     if spec in EMBEDDED:
+        kinds.setdefault({"docstrings": CONVERSATION, "preferences": PREFERENCE}.get(spec, TEXT), spec)
         return [], []
     if spec == "-":
         raise DataError("-: stdin can be read only once; read it with `spool`")
@@ -139,7 +142,7 @@ def _found(spec: str, recipe: Recipe) -> tuple[list[Found], list[str]]:
         found = [each for path in paths for each in find(path, replace(recipe, format=""))[0]]
     else:
         return [], []
-    said = _statements(spec, found, passed, recipe)
+    said = _statements(spec, found, passed, recipe, kinds)
     return found, [*said, *([f"{shown(spec)}: {split}"] if split else [])]
 
 
@@ -159,12 +162,15 @@ def spool(stream: BinaryIO, directory: str | os.PathLike[str]) -> Path:
 # ------------------------------------------------------------------------------------------------------- statements
 
 
-def _statements(spec: str, found: list[Found], passed: Counter[str], recipe: Recipe) -> list[str]:
+def _statements(spec: str, found: list[Found], passed: Counter[str], recipe: Recipe, kinds: dict[str, str]) -> list[str]:
     """A line for each way that files of `spec` are read, and one about those that are not."""
     ways: dict[str, list[str]] = {}
     for each in found:
         with readable(each.path):
-            ways.setdefault(about(each.part, recipe), []).append(each.path)
+            words, of = way(each.part, recipe)
+        ways.setdefault(words, []).append(each.path)
+        for kind in sorted(of):
+            kinds.setdefault(kind, shown(each.path))
     said = [
         f"{shown(paths[0]) if len(paths) == 1 else f'{shown(spec)}: {len(paths):,} files'}: {way}"
         for way, paths in ways.items()

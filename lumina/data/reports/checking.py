@@ -204,7 +204,7 @@ def _unusable(found: dict[str, Any], max_bad: float) -> str:
         what = "no document" if not kept else f"{kept:,} documents that are all equal" if kept > 1 else "one document"
         return f"holds {what}; it takes two that differ, one to train on and one to hold out"
     try:
-        kind_of(set(found["kinds"]))
+        kind_of(found["kinds"])
     except DataError as error:
         return str(error)
     return ""

@@ -162,8 +162,32 @@ def test_preferences_are_pairs_of_documents(tmp_path):
 def test_preferences_with_others_are_refused(tmp_path):
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
     path = write(tmp_path / "a.jsonl", [pair, *map(text, range(50))])
-    with pytest.raises(DataError, match="preferences cannot be prepared together with others"):
+    seen = rf"preference \({path}\) and text \({path}\)"
+    with pytest.raises(DataError, match=rf"{seen} .*cannot be prepared together with others; prepare them apart, each with"):
         prepare(tmp_path / "out", path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_preferences_that_are_seen_late_leave_nothing_behind(tmp_path):
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path = write(tmp_path / "a.jsonl", [*map(text, range(50)), pair])
+    with pytest.raises(DataError, match=rf"holds preference \({path}:51\) and text \({path}:1\) records"):
+        prepare(tmp_path / "out", path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("source", ["preferences", "pairs.jsonl", "prepared"])
+def test_training_refuses_preferences_before_it_reads_them(tmp_path, source, monkeypatch):
+    pairs = [{"prompt": f"say {i}", "chosen": f"{i} it is", "rejected": f"no {i * i}"} for i in range(40)]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    if source == "prepared":
+        prepare(tmp_path / "prepared", path)
+    spec = source if source == "preferences" else str(tmp_path / source)
+    monkeypatch.setattr("lumina.data.train_tokenizer", None)
+    data = DataConfig(cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(DataError, match=f"^{spec}: holds preferences, chosen and rejected; training needs texts"):
+        prepare_all(["synthetic", spec], data, 16, lambda line: None)
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("count", range(12))
