@@ -53,8 +53,8 @@ def exit_with(main: Callable[[], None]) -> None:
     except LuminaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("; ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # `lumina params ... | head`: nobody reads on, but the work is not done either
         sys.stderr.close()

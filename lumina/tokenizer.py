@@ -176,10 +176,7 @@ def train_bpe(
     """
     import rustbpe
 
-    control = len(control_tokens(extra))
-    fixed = 256 + control
-    if vocab_size < fixed:
-        raise ConfigError(f"model.vocab_size = {vocab_size}: must be at least {fixed}, 256 bytes and {control} control tokens")
+    control, fixed = len(control_tokens(extra)), require_bytes(vocab_size, extra)
 
     def parts() -> Iterator[str]:
         size = 0
@@ -203,6 +200,15 @@ def train_bpe(
     tokenizer = bpe_of(ranks, extra)
     tokenizer.name = name or tokenizer.name
     return tokenizer
+
+
+def require_bytes(vocab_size: int, extra: Sequence[str] = ()) -> int:
+    """The ids of bytes and control tokens; raises ConfigError where `vocab_size` does not hold them."""
+    control = len(control_tokens(extra))
+    if vocab_size < 256 + control:
+        least = f"must be at least {256 + control}, 256 bytes and {control} control tokens"
+        raise ConfigError(f"model.vocab_size = {vocab_size}: {least}")
+    return 256 + control
 
 
 def bpe_of(ranks: list[bytes], extra: Sequence[str] = ()) -> Tokenizer:

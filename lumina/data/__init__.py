@@ -70,7 +70,7 @@ def prepare_all(sources: Sequence[str], data: DataConfig, vocab_size: int, progr
         tokenizer = next(iter(opened.values())).tokenizer
     else:
         tokenizer = _trained(data, [(order, plans[source]) for source, order in orders.items()], vocab_size, extra, progress)
-    require_fits(tokenizer, vocab_size)
+    require_fits(tokenizer, vocab_size, next(iter(opened), "") if data.tokenizer == "bpe" else "")
     for source, corpus in opened.items():
         _require_as_asked(source, corpus, data, progress)
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:

@@ -118,6 +118,11 @@ def kind_of(kinds: Mapping[str, object]) -> str:
     return PREFERENCE if PREFERENCE in kinds else CONVERSATION if CONVERSATION in kinds else TEXT
 
 
+def kinds_told(manifest: dict[str, Any]) -> str:
+    """How many documents of each kind a prepared directory has; of earlier ones, its kind."""
+    return ", ".join(f"{count:,} {kind}" for kind, count in manifest.get("kinds", {}).items()) or str(manifest["kind"])
+
+
 def _broken(path: Path, what: str) -> DataError:
     directory = path if path.is_dir() else path.parent
     return DataError(f"{path}: {what}; delete {directory}, and it is made again")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
-from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, KindsError, is_prepared, kind_of
+from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, KindsError, is_prepared, kind_of, kinds_told
+from lumina.data.preparing.merge import between
 from lumina.data.preparing.pipeline import REJECTS, SHARDS, Order, fill, save_whole, train_tokenizer
+from lumina.data.preparing.tokenise import Account, cleaned
 from lumina.data.reading.readers import Plan, plan, spool
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
@@ -22,12 +25,13 @@ from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
 from lumina.runs.lock import RunLock
 from lumina.runs.units import si
+from lumina.tokenizer import require_bytes
 from lumina.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-HELD_OUT, VOCAB_SIZE = 0.02, 32_768
+HELD_OUT, VOCAB_SIZE, SAMPLE_MB = 0.02, 32_768, 500.0  # where nothing is said
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -37,10 +41,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", default="bpe", help="bpe, trained on the sources; gpt2, cl100k_base, o200k_base, a file, or a directory"
     )
-    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE, help=f"ids of bpe (default: {VOCAB_SIZE:,})")
-    parser.add_argument("--tokenizer-sample-mb", type=float, default=500.0, help="text that bpe is trained on (default: 500)")
+    parser.add_argument(
+        "--vocab-size", type=int, help=f"ids of bpe (default: {VOCAB_SIZE:,}, or as many as a smaller text is enough for)"
+    )
+    parser.add_argument("--tokenizer-sample-mb", type=float, help=f"text that bpe is trained on (default: {SAMPLE_MB:g})")
     parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
-    parser.add_argument("--held-out", type=float, default=HELD_OUT, help=f"fraction kept for evaluation (default: {HELD_OUT})")
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        help=f"fraction kept for evaluation (default: {HELD_OUT}, or one that few documents have on both sides)",
+    )
     parser.add_argument("--max-bad", type=float, default=0.5, help="stop above this share of rejected records (default: 0.5)")
     parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: this one)")
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where units are made (default: local)")
@@ -50,24 +60,28 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def tell(arguments: argparse.Namespace) -> None:
     """Run the command. Raises as `prepare_directory`, and UsageError for an option that cannot be."""
-    recipe = recipe_of(arguments)
+    recipe, held_out, sample = recipe_of(arguments), arguments.held_out, arguments.tokenizer_sample_mb
     for flag, value, good, works in (
-        ("--held-out", arguments.held_out, 0 < arguments.held_out < 1, "must be between 0 and 1"),
-        ("--tokenizer-sample-mb", arguments.tokenizer_sample_mb, arguments.tokenizer_sample_mb > 0, "must be above 0"),
+        ("--held-out", held_out, held_out is None or 0 < held_out < 1, "must be between 0 and 1"),
+        ("--tokenizer-sample-mb", sample, sample is None or sample > 0, "must be above 0"),
         ("--max-bad", arguments.max_bad, 0 <= arguments.max_bad <= 1, "must be from 0 to 1"),
         ("--workers", arguments.workers, arguments.workers is None or arguments.workers >= 0, "must be at least 0"),
     ):
         if not good:
             raise UsageError(f"{flag} = {value}: {works}")
+    for flag, value in (("--vocab-size", arguments.vocab_size), ("--tokenizer-sample-mb", sample)):
+        if value is not None and arguments.tokenizer != "bpe":
+            works = f"--tokenizer {arguments.tokenizer} has its own ids; leave out one of the two"
+            raise UsageError(f"{flag} {value:g}: is of a bpe that is trained, and {works}")
     console = Console(0)
     workers = os.cpu_count() or 1 if arguments.workers is None else arguments.workers
-    order = Order(tuple(arguments.sources), recipe, arguments.held_out, arguments.template)
+    order = Order(tuple(arguments.sources), recipe, held_out or 0.0, arguments.template)
     manifest = prepare_directory(
         order,
         arguments.out,
         tokenizer=arguments.tokenizer,
         vocab_size=arguments.vocab_size,
-        sample=arguments.tokenizer_sample_mb * 1e6,
+        sample=1e6 * (sample or SAMPLE_MB),
         max_bad=arguments.max_bad,
         workers=workers,
         engine=arguments.engine,
@@ -75,7 +89,7 @@ def tell(arguments: argparse.Namespace) -> None:
     )
     console.done()
     if arguments.json:
-        print(json.dumps({name: manifest[name] for name in ("kind", "records", "rejects", "steps", "sources")}))
+        print(json.dumps({name: manifest[name] for name in ("kind", "kinds", "records", "rejects", "steps", "sources")}))
         return
     print(summary(manifest, arguments.out))
 
@@ -86,7 +100,7 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
     rows = [
         ("directory", str(path)),
         ("sources", "\n".join(manifest["source"]["formats"])),
-        ("records", f"{records['read']:,} read, {records['kept']:,} kept ({manifest['kind']})"),
+        ("records", f"{records['read']:,} read, {records['kept']:,} kept: {kinds_told(manifest)}"),
     ]
     rows += [("rejected", f"{count:,} {kind}") for kind, count in manifest["rejects"]["counts"].items()]
     for step, about in steps.items():
@@ -106,7 +120,7 @@ def prepare_directory(
     order: Order,
     out: Path,
     tokenizer: str,
-    vocab_size: int,
+    vocab_size: int | None,
     sample: float,
     max_bad: float,
     workers: int,
@@ -116,8 +130,10 @@ def prepare_directory(
     """Make `out` a prepared directory, or go on with it; returns its manifest.
 
     Args:
+        order: a `held_out` of 0 is HELD_OUT, or where that leaves few documents on one side, what does not.
         tokenizer: bpe, or what `lumina.tokenizer_files.load_tokenizer` takes.
-        vocab_size, sample: of a bpe that is trained: its ids, and the bytes of text it is trained on.
+        vocab_size, sample: of a bpe that is trained: its ids (None: VOCAB_SIZE, or as many as a smaller text is enough for),
+            and the bytes of text it is trained on.
         max_bad: share of rejected records above which nothing is made.
 
     Raises:
@@ -127,6 +143,8 @@ def prepare_directory(
     """
     if order.template not in TEMPLATES:
         raise ConfigError(f"--template {order.template}: there is no such template; there are {', '.join(TEMPLATES)}")
+    with _one_line(out):
+        require_bytes(VOCAB_SIZE if vocab_size is None else vocab_size, TEMPLATES[order.template].extra)
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file; choose a directory")
     for source in order.sources:
@@ -138,6 +156,8 @@ def prepare_directory(
         for line in planned.formats:
             console.say(line)
         kind_of(planned.kinds)
+        if not order.held_out:
+            order = replace(order, held_out=_held_out(order, planned, console))
         loaded = None if tokenizer == "bpe" else load_tokenizer(tokenizer, TEMPLATES[order.template].extra)
         identity = _identity(order, planned, loaded, vocab_size, sample)
         if is_prepared(out):
@@ -186,6 +206,10 @@ def _locked(out: Path) -> Iterator[Path]:
     try:
         work.mkdir(exist_ok=True)
         yield work
+    except KeyboardInterrupt:
+        if (work / ORDER).is_file():
+            raise KeyboardInterrupt(f"{out}: the same command goes on with what is done") from None
+        raise
     except KindsError:  # of these sources nothing can come
         for left in (work, out / SHARDS):
             shutil.rmtree(left, ignore_errors=True)
@@ -198,11 +222,13 @@ def _locked(out: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _identity(order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_size: int, sample: float) -> dict[str, Any]:
+def _identity(
+    order: Order, planned: Plan, tokenizer: "Tokenizer | None", vocab_size: int | None, sample: float
+) -> dict[str, Any]:
     """All that decides the bytes, and those of units: which files are in which."""
     against = [spec.strip() for spec in order.recipe.against.split(",") if spec.strip()]
     units = [[*unit._replace(spec="", name="", paths=()), len(unit.paths)] for unit in planned.units]
-    trained = {"trained": "bpe", "vocab_size": vocab_size, "sample": sample}
+    trained = {"trained": "bpe", "vocab_size": vocab_size or f"{VOCAB_SIZE} or fewer", "sample": sample}
     return {
         "format": FORMAT,
         "fingerprint": planned.fingerprint,
@@ -226,11 +252,38 @@ def _of_another_order(out: Path, changed: list[str]) -> UsageError:
 
 
 def _tokenizer(
-    order: Order, planned: Plan, loaded: "Tokenizer | None", vocab_size: int, sample: float, work: Path, console: Console
+    order: Order, planned: Plan, loaded: "Tokenizer | None", vocab_size: int | None, sample: float, work: Path, console: Console
 ) -> "Tokenizer":
     extra = TEMPLATES[order.template].extra
     if (work / TOKENIZER).is_dir():
         return load_tokenizer(str(work / TOKENIZER), extra)
-    made = loaded or train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
+    if loaded:
+        made = loaded
+    elif vocab_size is not None:
+        made = train_tokenizer([(order, planned)], vocab_size, extra, sample, console.status)
+    else:
+        made = train_tokenizer([(order, planned)], VOCAB_SIZE, extra, sample, console.status, smaller=True)
+        if made.vocab_size < VOCAB_SIZE:
+            console.say(
+                f"the tokenizer has {made.vocab_size:,} ids, not {VOCAB_SIZE:,}: so many the text has pairs to merge for"
+            )
     save_whole(made, work / TOKENIZER)
     return made
+
+
+def _held_out(order: Order, planned: Plan, console: Console) -> float:
+    """HELD_OUT, or where that leaves all documents on one side, a fraction that does not.
+
+    Documents are read until there is one on either side: some 50 of them, or all where there are few.
+    """
+    places = array("d")
+    for unit in planned.units:
+        for document in cleaned(unit, order.recipe, Account()):
+            places.append(document.place)
+            if min(places[0], places[-1]) < HELD_OUT <= max(places[0], places[-1]):
+                return HELD_OUT
+    if not places or min(places) == max(places):
+        return HELD_OUT
+    found = between(min(places), max(places))
+    console.say(f"{found:g} of the documents are held out: of {len(places):,}, {HELD_OUT} would leave all on one side")
+    return found

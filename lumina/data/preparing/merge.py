@@ -31,6 +31,7 @@ class Merged(NamedTuple):
 
     kind: str
     sides: dict[str, dict[str, Any]]  # train and held_out: documents, bytes, tokens, shards
+    kinds: dict[str, int]  # documents of each
     account: Account  # of duplicates
     sources: dict[str, dict[str, int]]  # name of a source -> documents, bytes, tokens that were kept
 
@@ -70,7 +71,9 @@ def merge(
         about["documents"] += int(keep.sum())
         for name in ("bytes", "tokens"):
             about[name] += int(unit.documents[name][keep].sum())
-    return Merged(kind, {side: sides[side].finish() for side in SIDES}, account, sources)
+    codes = np.concatenate([unit.documents["kind"][keep] for unit, keep in zip(tables, kept, strict=True)])
+    counts = {name: int(count) for code, name in enumerate(KINDS) if (count := np.sum(codes == code))}
+    return Merged(kind, {side: sides[side].finish() for side in SIDES}, counts, account, sources)
 
 
 class _Unit:
@@ -190,11 +193,11 @@ def require_both_sides(places: "np.ndarray | array[float]", held_out: float) -> 
         if not count:
             works = "a single text cannot be split: give it as several files or .jsonl lines"
             if found.min() < found.max():
-                works = f"data.held_out={_between(float(found.min()), float(found.max()))} leaves some on both sides"
+                works = f"data.held_out={between(float(found.min()), float(found.max()))} leaves some on both sides"
             raise DataError(f"data.held_out = {held_out}: none of {found.size} documents is {name}; {works}")
 
 
-def _between(lowest: float, highest: float) -> float:
+def between(lowest: float, highest: float) -> float:
     """A short number above `lowest` and at most `highest`."""
     for digits in range(2, 17):
         number = (int(lowest * 10**digits) + 1) / 10**digits

@@ -38,7 +38,7 @@ class Order:
 
     sources: tuple[str, ...]
     recipe: Recipe
-    held_out: float  # fraction of the documents
+    held_out: float  # fraction of the documents; 0 only until one is found
     template: str  # of conversations
 
     def __str__(self) -> str:
@@ -161,11 +161,17 @@ def told(manifest: dict[str, Any]) -> str:
 
 
 def train_tokenizer(
-    orders: Sequence[tuple[Order, Plan]], vocab_size: int, extra: tuple[str, ...], sample: float, say: Say
+    orders: Sequence[tuple[Order, Plan]],
+    vocab_size: int,
+    extra: tuple[str, ...],
+    sample: float,
+    say: Say,
+    smaller: bool = False,
 ) -> "Tokenizer":
     """Byte-level BPE of the training documents of all sources, or of about `sample` bytes of them, spread evenly.
 
-    Raises DataError where there are none, or all are on one side of the split, or a source changes meanwhile.
+    `smaller`: fewer ids will do, as of `train_bpe`. Raises DataError where there are no documents, or all are on one side
+    of the split, or a source changes meanwhile.
     """
     from lumina.tokenizer import train_bpe
 
@@ -173,7 +179,7 @@ def train_tokenizer(
     share = training_share(size, sample)
     if size:
         say(f"training a tokenizer of {vocab_size:,} ids on {share * size / 1e6:,.1f} MB")
-    tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra)
+    tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra, smaller=smaller)
     for order, planned in orders:
         require_unchanged(order, planned)
     return tokenizer
@@ -224,11 +230,14 @@ def training_texts(
     merge.require_both_sides(places, orders[0][0].held_out)
 
 
-def require_fits(tokenizer: "Tokenizer", vocab_size: int) -> None:
-    """Raise a ConfigError where the model has fewer ids."""
+def require_fits(tokenizer: "Tokenizer", vocab_size: int, prepared: str = "") -> None:
+    """Raise a ConfigError where the model has fewer ids than the tokenizer, which is that of a directory `prepared`, if any."""
     if tokenizer.vocab_size > vocab_size:
         least = f"must be at least tokenizer {tokenizer.name}'s {tokenizer.vocab_size}"
-        raise ConfigError(f"model.vocab_size = {vocab_size}: {least}")
+        works = f"use --config.model.vocab_size={tokenizer.vocab_size}"
+        if prepared and tokenizer.name.startswith("bpe-"):
+            works += f", or prepare {prepared} with --vocab-size {vocab_size}"
+        raise ConfigError(f"model.vocab_size = {vocab_size}: {least}; {works}")
 
 
 # ---------------------------------------------------------------------------------------------------------- written
@@ -248,6 +257,7 @@ def _manifest(order: Order, planned: Plan, tokenizer: "Tokenizer", account: Acco
     return {
         "format": FORMAT,
         "kind": merged.kind,
+        "kinds": merged.kinds,
         "source": {"spec": ",".join(order.sources), "fingerprint": planned.fingerprint, "formats": planned.formats},
         "recipe": order.recipe.done,
         "template": order.template,

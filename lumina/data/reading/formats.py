@@ -3,7 +3,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -83,6 +84,15 @@ def way(part: Part, recipe: Recipe) -> Way:
         read = [document(value, name, recipe.text_field) for name, value, _ in found]
         kinds = {each.kind for each in read if isinstance(each, Document)}
     return Way(", ".join(said), frozenset(kinds))
+
+
+def field_names(part: Part, recipe: Recipe) -> list[str]:
+    """The fields of the first records, in order of appearance; none of a file whose records have no fields."""
+    if part.format in ("text", "lines"):
+        return []
+    found = islice(records(part, replace(recipe, text_field="")), PEEKED_RECORDS)
+    values = [each[1] for each in found if not isinstance(each, Reject)]
+    return list(dict.fromkeys(str(name) for value in values if isinstance(value, Mapping) for name in value))
 
 
 def usable(record: Document | Reject, recipe: Recipe, source: Any) -> Document | Reject:

@@ -16,7 +16,7 @@ from typing import BinaryIO, NamedTuple
 from lumina.data.reading import embedded, huggingface
 from lumina.data.reading.conversations import document
 from lumina.data.reading.finding import EMBEDDED, Found, find, readable
-from lumina.data.reading.formats import Part, documents, usable, way
+from lumina.data.reading.formats import Part, documents, field_names, usable, way
 from lumina.data.reading.huggingface import PREFIX
 from lumina.data.reading.streams import expansion, shown
 from lumina.data.reading.tables import arrow_batches, parquet_groups
@@ -27,6 +27,7 @@ from lumina.errors import DataError
 UNIT_BYTES = 16 * 2**20
 UNIT_FILES = 2000  # of a few bytes each, so that many workers have something to read
 READ_BYTES = 2**20
+FIELDS_TOLD = 12
 PROGRESS_SECONDS = 2.0
 TAGS = {"text": "txt"}  # in fingerprints, for those that manifests of the first releases hold
 
@@ -84,6 +85,9 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
                 raise DataError(f"{shown(spec)}: names {shown(identity)} twice; name it once")
             taken.add(identity)
         sources.append((spec, found))
+    if recipe.text_field and not kinds:
+        for _, found in sources[:1]:
+            _require_text_field(found[:1], recipe)
     if not sources:
         raise DataError(f"the sources name nothing; name files, directories, globs, or {', '.join(EMBEDDED)}")
     survey = _Survey(sum(os.path.getsize(each.path) for _, found in sources for each in found), progress)
@@ -181,6 +185,16 @@ def _statements(spec: str, found: list[Found], passed: Counter[str], recipe: Rec
     if not found:
         raise DataError(f"{shown(spec)}: holds no file that can be read{'; ' + said[-1] if said else ''}")
     return said
+
+
+def _require_text_field(found: list[Found], recipe: Recipe) -> None:
+    """Raise a DataError with the fields that there are where the first records of a file have others than the recipe's."""
+    for each in found:
+        with readable(each.path):
+            names = field_names(each.part, recipe)
+        if names and recipe.text_field not in names:
+            works = f"name the one that holds the text of: {shown(', '.join(names[:FIELDS_TOLD]))}"
+            raise DataError(f"--text-field {recipe.text_field}: the first records of {shown(each.path)} have none; {works}")
 
 
 # ------------------------------------------------------------------------------------------------------------ units

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lumina.conversation import CODES, TEXT
-from lumina.data.corpus import SIDES, is_prepared, open_corpus
+from lumina.data.corpus import SIDES, is_prepared, kinds_told, open_corpus
 from lumina.data.records import PREFERENCE
 from lumina.data.reports import charts
 from lumina.data.reports.statistics import (
@@ -109,9 +109,9 @@ def _overview(found: Figures) -> str:
         (si(held_out["documents"]), "held out"),
         (f"{manifest['tokenizer']['vocab_size']:,}", "ids"),
     ]
-    records, kind = manifest["records"], manifest["kind"]
+    records = manifest["records"]
     facts = (
-        f"{records['read']:,} records were read and {records['kept']:,} kept, of kind {kind}. Tokenizer "
+        f"{records['read']:,} records were read and {records['kept']:,} kept: {kinds_told(manifest)}. Tokenizer "
         f"{manifest['tokenizer']['name']}, template {manifest['template']}, sources {manifest['source']['fingerprint'][:12]}."
     )
     shown = "".join(f"<div><b>{escape(value)}</b>{escape(what)}</div>" for value, what in tiles)

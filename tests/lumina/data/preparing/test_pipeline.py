@@ -463,6 +463,110 @@ def test_a_pair_that_cleaning_makes_equal_is_removed(tmp_path):
     assert manifest["steps"]["redact"]["removed"] == {"chosen and rejected are equal": 30}
 
 
+FEW = [{"text": f"Note {i} says {i * i}, and {'more ' * (i % 7)}than that."} for i in range(12)]  # none of them below 0.02
+
+
+def made_of_few(tmp_path, name, *flags):
+    path = write(tmp_path / "few.jsonl", FEW)
+    cli.run(["data", "prepare", str(path), "--out", str(tmp_path / name), "--workers", "0", *flags])
+    return open_corpus(tmp_path / name).manifest
+
+
+def test_a_few_documents_are_prepared_without_any_option_and_what_is_chosen_is_said(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(Console, "say", lambda self, line: told.append(line))
+    places = [place(each["text"]) for each in FEW]
+    assert min(places) > 0.02
+    manifest = made_of_few(tmp_path, "out")
+    share, ids = manifest["held_out_fraction"], manifest["tokenizer"]["vocab_size"]
+    assert f"{share:g} of the documents are held out: of 12, 0.02 would leave all on one side" in told
+    assert f"the tokenizer has {ids:,} ids, not 32,768: so many the text has pairs to merge for" in told
+    assert manifest["held_out"]["documents"] == sum(each < share for each in places) >= 1
+    assert 262 < ids < 1000
+    asked = made_of_few(tmp_path, "asked", "--held-out", f"{share}", "--vocab-size", f"{ids}")
+    shards = [name for name in digests(tmp_path / "out") if name != "manifest.json"]
+    assert {name: digests(tmp_path / "out")[name] for name in shards} == {
+        name: digests(tmp_path / "asked")[name] for name in shards
+    }
+    assert asked["records"] == manifest["records"]
+    assert made_of_few(tmp_path, "out") == manifest
+    assert "is prepared already" in told[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        (["--vocab-size", "9999"], "only .* --vocab-size to at most"),
+        (["--held-out", "0.02"], "none of 12 documents"),
+    ],
+)
+def test_what_is_asked_for_is_not_changed(tmp_path, flags, why):
+    with pytest.raises(DataError, match=why):
+        made_of_few(tmp_path, "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_many_documents_are_split_by_the_default(tmp_path):
+    records = [text(i) for i in range(400)]
+    places = [place(each["text"]) for each in records]
+    first = next(i for i, each in enumerate(places) if each < 0.02)
+    path = write(tmp_path / "a.jsonl", records[first:])
+    cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert open_corpus(tmp_path / "out").manifest["held_out_fraction"] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--vocab-size", "300"], "--vocab-size 300: is of a bpe that is trained, and --tokenizer .* has its own ids"),
+        (["--tokenizer-sample-mb", "5"], "--tokenizer-sample-mb 5: is of a bpe"),
+    ],
+)
+def test_options_of_a_trained_tokenizer_are_refused_with_another(tmp_path, flags, says):
+    with pytest.raises(UsageError, match=f"^{says}.*leave out one of the two"):
+        made_of_few(tmp_path, "out", "--tokenizer", str(tmp_path), *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--vocab-size", "-5"], "^--vocab-size = -5: must be at least 262, 256 bytes and 6 control tokens"),
+        (
+            ["--text-field", "txet"],
+            "^--text-field txet: the first records of .*few.jsonl have none; .*: text$",
+        ),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_before_a_tokenizer_is_trained(tmp_path, monkeypatch, flags, says):
+    monkeypatch.setattr("lumina.data.preparing.directory.train_tokenizer", None)
+    with pytest.raises((ConfigError, DataError), match=says):
+        made_of_few(tmp_path, "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_kinds_are_counted(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [*(text(i) for i in range(30)), *(conversation(i) for i in range(20)), text(0)])
+    cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--held-out", "0.1"])
+    assert "51 read, 50 kept: 30 text, 20 conversation" in capsys.readouterr().out
+    manifest = open_corpus(tmp_path / "out").manifest
+    assert (manifest["kind"], manifest["kinds"]) == ("conversation", {"text": 30, "conversation": 20})
+
+
+def test_an_interrupted_order_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupted(*arguments, **others):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lumina.data.preparing.directory.fill", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=f"{tmp_path / 'out'}: the same command goes on with what is done"):
+        made_of_few(tmp_path, "out")
+    monkeypatch.setattr("lumina.data.preparing.directory.train_tokenizer", interrupted)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        made_of_few(tmp_path, "other")
+    assert interrupt.value.args == ()
+    assert not (tmp_path / "other").exists()
+
+
 def test_what_is_redacted_is_nowhere_in_what_is_made(tmp_path):
     """Nor is the half of an address that the end of a sample cuts, nor one with a character within that `control` removes."""
     who = "qob.qmith@qxample.com"
@@ -510,6 +614,16 @@ def test_what_a_kill_left_after_the_manifest_is_removed(tmp_path, sources):
     (tmp_path / "out" / "work" / "unit-000000").mkdir(parents=True)
     prepare(tmp_path / "out", *sources)
     assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_model_of_fewer_ids_is_told_both_ways_out(tmp_path, sources):
+    prepare(tmp_path / "out", sources[0])
+    both = f"--config.model.vocab_size={VOCABULARY}, or prepare {tmp_path / 'out'} with --vocab-size 270$"
+    with pytest.raises(ConfigError, match=f"^model.vocab_size = 270: .*bpe-{VOCABULARY}'s {VOCABULARY}; use {both}"):
+        prepare_all([str(tmp_path / "out")], DataConfig(), 270, lambda line: None)
+    data = DataConfig(tokenizer=str(tmp_path / "out" / "tokenizer"), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match=f"; use --config.model.vocab_size={VOCABULARY}$"):
+        prepare_all([str(sources[1])], data, 270, lambda line: None)
 
 
 def test_a_prepared_directory_in_a_list_of_files_is_refused_with_the_mixture_that_works(tmp_path, sources):
