@@ -58,6 +58,15 @@ def place(text: str) -> float:
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # 53 bits: exact in a float
 
 
+# Of a kind of reject, what works.
+WORKS = {"not UTF-8": "of text from Windows, iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW makes it so"}
+
+
+def with_what_works(kind: str) -> str:
+    """A kind of reject as a person is told of it."""
+    return f"{kind} ({WORKS[kind]})" if kind in WORKS else kind
+
+
 class Reject(NamedTuple):
     """A record that cannot be used."""
 

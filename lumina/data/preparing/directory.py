@@ -20,6 +20,7 @@ from lumina.data.preparing.pipeline import REJECTS, SHARDS, Order, fill, save_wh
 from lumina.data.preparing.tokenise import Account, cleaned
 from lumina.data.reading.readers import Plan, plan, spool
 from lumina.data.recipe import add_recipe, recipe_of
+from lumina.data.records import with_what_works
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
@@ -102,7 +103,7 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
         ("sources", "\n".join(manifest["source"]["formats"])),
         ("records", f"{records['read']:,} read, {records['kept']:,} kept: {kinds_told(manifest)}"),
     ]
-    rows += [("rejected", f"{count:,} {kind}") for kind, count in manifest["rejects"]["counts"].items()]
+    rows += [("rejected", f"{count:,} {with_what_works(kind)}") for kind, count in manifest["rejects"]["counts"].items()]
     for step, about in steps.items():
         told = [f"{about['changed']:,} changed"] if about["changed"] else []
         told += [f"{count:,} removed: {reason}" for reason, count in about["removed"].items()]

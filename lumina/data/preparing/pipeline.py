@@ -16,6 +16,7 @@ from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, 
 from lumina.data.reading.readers import Plan, plan, text_bytes
 from lumina.data.reading.trees import PASSED_OVER
 from lumina.data.recipe import Recipe
+from lumina.data.records import with_what_works
 from lumina.data.shards import token_dtype
 from lumina.errors import ConfigError, DataError
 from lumina.runs.steps import sync_directory, sync_files
@@ -152,7 +153,7 @@ def _why_none(account: Account) -> str:
 def told(manifest: dict[str, Any]) -> str:
     """In one line which records of a corpus were not kept, and why; empty where all were."""
     counts, examples = manifest["rejects"]["counts"], manifest["rejects"]["examples"]
-    total, kinds = sum(counts.values()), ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    total, kinds = sum(counts.values()), ", ".join(f"{count:,} {with_what_works(kind)}" for kind, count in counts.items())
     says = [f"{total:,} record{'s' if total > 1 else ''} rejected: {kinds}; such as {'; '.join(examples[:3])}"] if total else []
     removed = {step: sum(about["removed"].values()) for step, about in manifest["steps"].items()}
     if any(removed.values()):

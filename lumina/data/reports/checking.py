@@ -16,7 +16,7 @@ from lumina.data.corpus import kind_of
 from lumina.data.preparing.pipeline import Say, bad_records
 from lumina.data.reading.readers import plan, spool
 from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
-from lumina.data.records import TEXT, Document, Turn
+from lumina.data.records import TEXT, Document, Turn, with_what_works
 from lumina.data.reports.scoring import score
 from lumina.data.reports.statistics import five_numbers, languages, most_first
 from lumina.data.reports.survey import EXAMPLES, Survey
@@ -221,7 +221,9 @@ def text(found: dict[str, Any]) -> str:
     ]
     for kind, count in found["rejects"]["counts"].items():
         some = [f"{each['name']}  {each['sample']}" for each in found["rejects"]["examples"] if each["kind"] == kind]
-        rows.append(("rejected", "\n".join([f"{count:,} {kind}, such as", *(f"  {one}" for one in some[:EXAMPLES])])))
+        rows.append(
+            ("rejected", "\n".join([f"{count:,} {with_what_works(kind)}, such as", *(f"  {one}" for one in some[:EXAMPLES])]))
+        )
     for step, about in found["steps"].items():
         told = [f"{about['changed']:,} changed"] if about["changed"] else []
         told += [f"{count:,} removed: {reason}" for reason, count in about["removed"].items()]

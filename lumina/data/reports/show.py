@@ -14,7 +14,7 @@ from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TE
 from lumina.data.preparing.tokenise import Account, after_steps
 from lumina.data.reading.readers import plan, read
 from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
-from lumina.data.records import PREFERENCE, Document, Reject, Turn
+from lumina.data.records import PREFERENCE, Document, Reject, Turn, with_what_works
 from lumina.errors import DataError, UsageError
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
 from lumina.tokenizer_files import load_tokenizer
@@ -175,7 +175,7 @@ def _is_coloured() -> bool:
 def text(found: dict[str, Any], coloured: bool, width: int) -> str:
     """The record for a terminal of `width` columns: each token's id and text, coloured or marked where it is learned."""
     if found["kind"] == "rejected":
-        return f"{found['name']}: rejected: {found['why']}\n  {found['sample']}".rstrip()
+        return f"{found['name']}: rejected: {with_what_works(found['why'])}\n  {found['sample']}".rstrip()
     if found["kind"] == "removed":
         return f"{found['name']}: {'; '.join([*found['steps'], found['why']])}"
     weights = ", ".join(f"{role} {weight:g}" for role, weight in found["loss_weights"].items() if role != "none")

@@ -545,6 +545,21 @@ def test_a_value_that_cannot_be_is_refused_before_a_tokenizer_is_trained(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_of_another_encoding_it_is_told_what_works(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [text(i) for i in range(30)])
+    path.write_bytes(path.read_bytes() + '{"text": "süß"}\n'.encode("cp1252"))
+    works = "1 not UTF-8 (of text from Windows, iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW makes it so)"
+    cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--workers", "0"])
+    assert works in capsys.readouterr().out
+    cli.run(["data", "check", str(path)])
+    assert works in capsys.readouterr().out
+    cli.run(["data", "show", str(path), "--record", "31"])
+    assert works[2:] in capsys.readouterr().out
+    path.write_bytes('{"text": "süß"}\n'.encode("cp1252"))
+    with pytest.raises(DataError, match="iconv -f WINDOWS-1252 -t UTF-8"):
+        cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "bad"), "--workers", "0"])
+
+
 def test_kinds_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", [*(text(i) for i in range(30)), *(conversation(i) for i in range(20)), text(0)])
     cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "out"), "--workers", "0", "--held-out", "0.1"])
