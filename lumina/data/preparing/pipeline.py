@@ -14,6 +14,7 @@ from lumina.data.corpus import FORMAT, MANIFEST, TOKENIZER, WORK
 from lumina.data.preparing import engines, merge
 from lumina.data.preparing.tokenise import DOCUMENT_END, Account, Job, cleaned, directory_of, read_account
 from lumina.data.reading.readers import Plan, plan, text_bytes
+from lumina.data.reading.streams import called
 from lumina.data.reading.trees import PASSED_OVER
 from lumina.data.recipe import Recipe
 from lumina.data.records import with_what_works
@@ -43,7 +44,7 @@ class Order:
     template: str  # of conversations
 
     def __str__(self) -> str:
-        return ", ".join(self.sources)
+        return ", ".join(map(called, self.sources))
 
 
 def fill(
@@ -77,7 +78,7 @@ def fill(
     shards = directory / SHARDS
     shutil.rmtree(shards, ignore_errors=True)
     shards.mkdir()
-    units = [(unit.spec, directory_of(unit, job)) for unit in planned.units]
+    units = [(called(unit.spec), directory_of(unit, job)) for unit in planned.units]
     meter = Meter("merged", 0, say)
     vocab_size = tokenizer.vocab_size
     merged = merge.merge(units, order.recipe, order.held_out, vocab_size, token_dtype(vocab_size), shards, meter.at)
@@ -259,7 +260,11 @@ def _manifest(order: Order, planned: Plan, tokenizer: "Tokenizer", account: Acco
         "format": FORMAT,
         "kind": merged.kind,
         "kinds": merged.kinds,
-        "source": {"spec": ",".join(order.sources), "fingerprint": planned.fingerprint, "formats": planned.formats},
+        "source": {
+            "spec": ",".join(map(called, order.sources)),
+            "fingerprint": planned.fingerprint,
+            "formats": planned.formats,
+        },
         "recipe": order.recipe.done,
         "template": order.template,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},

@@ -17,7 +17,7 @@ from lumina.data.corpus import is_prepared, is_unfinished
 from lumina.data.reading.conversations import is_tree
 from lumina.data.reading.formats import PEEKED_RECORDS, Part, records
 from lumina.data.reading.json_values import values
-from lumina.data.reading.streams import COMPRESSIONS, encoding_of, opened, shown
+from lumina.data.reading.streams import COMPRESSIONS, called, encoding_of, opened, shown
 from lumina.data.recipe import Recipe
 from lumina.data.records import Reject
 from lumina.errors import DataError, UsageError
@@ -82,10 +82,10 @@ def find(spec: str, recipe: Recipe) -> tuple[list[Found], Counter[str]]:
 def _require_source(spec: str, path: Path) -> None:
     """Raise a DataError for a directory that `lumina data prepare` makes: its shards are no documents, its manifest is none."""
     if is_unfinished(path):
-        raise DataError(f"{shown(spec)}: is being prepared, or was stopped; the command that began it goes on with it")
+        raise DataError(f"{called(spec)}: is being prepared, or was stopped; the command that began it goes on with it")
     if is_prepared(path):
-        works = f"train on it alone, or in a mixture such as {shown(spec)}@1,OTHER@1; else name what it was made of"
-        raise DataError(f"{shown(spec)}: is a prepared directory, which holds no documents to read; {works}")
+        works = f"train on it alone, or in a mixture such as {called(spec)}@1,OTHER@1; else name what it was made of"
+        raise DataError(f"{called(spec)}: is a prepared directory, which holds no documents to read; {works}")
 
 
 def _matches(spec: str, named: str) -> list[str]:
@@ -95,18 +95,18 @@ def _matches(spec: str, named: str) -> list[str]:
         return found
     what = "no file matches" if glob.has_magic(named) else "no such file"
     works = f"name files, directories, globs such as texts/*.jsonl, hf: data sets, or {', '.join(EMBEDDED)}"
-    raise DataError(f"{shown(spec)}: {what}; {works}")
+    raise DataError(f"{called(spec)}: {what}; {works}")
 
 
 def _named(path: str, recipe: Recipe) -> Found:
     """A file that the user named: of what it is by its name, or else by what it holds."""
     with readable(path):
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise DataError(f"{shown(path)}: is a socket, pipe or device; give its contents as - (stdin)")
+            raise DataError(f"{called(path)}: is a socket, pipe or device; give its contents as - (stdin)")
         encoding = encoding_of(path)  # an unreadable file is refused now, not after the files before it were read
         format_ = _container(path, encoding, recipe) or _sniffed(path, encoding)
     if not format_:
-        raise DataError(f"{shown(path)}: of no known format; where it is one, name it with --format: {', '.join(EXTENSIONS)}")
+        raise DataError(f"{called(path)}: of no known format; where it is one, name it with --format: {', '.join(EXTENSIONS)}")
     return _with_trees(Found(path, format_, encoding), recipe)
 
 
@@ -222,4 +222,4 @@ def readable(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise DataError(f"{shown(str(error.filename or path))}: cannot be read: {error.strerror}") from error
+        raise DataError(f"{called(str(error.filename or path))}: cannot be read: {error.strerror}") from error

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from lumina.data.reading.conversations import document, form
 from lumina.data.reading.json_values import is_too_deep, values
-from lumina.data.reading.streams import lines, opened, sample, shown
+from lumina.data.reading.streams import called, lines, opened, sample
 from lumina.data.reading.tables import arrow_rows, csv_rows, parquet_rows
 from lumina.data.reading.trees import trees
 from lumina.data.recipe import Recipe
@@ -127,7 +127,7 @@ def too_large(name: str, recipe: Recipe, source: Any) -> Reject:
 
 def _text(part: Part, recipe: Recipe) -> Document | Reject:
     """A whole file is a document."""
-    name = shown(part.path)
+    name = called(part.path)
     with opened(part.path, part.encoding) as stream:
         content = stream.file.read(limit(recipe) + 1)
         if damage := stream.damage():
@@ -142,7 +142,7 @@ def _text(part: Part, recipe: Recipe) -> Document | Reject:
 
 def _by_line(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
     """Each line that is not blank: its text, or the JSON value that it is."""
-    shown_path, number = shown(part.path), max(part.first, 1)
+    shown_path, number = called(part.path), max(part.first, 1)
     with opened(part.path, part.encoding, part.start) as stream:
         for line, is_whole in lines(stream.file, part.stop - part.start if part.stop else 0, limit(recipe)):
             if not line.endswith(b"\n") and stream.damage():
@@ -178,7 +178,7 @@ def _json(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
     place = -1
     with opened(part.path, part.encoding) as stream:
         for place, found in enumerate(values(stream.file, limit(recipe))):
-            name = f"{shown(part.path)}[{place}]"
+            name = f"{called(part.path)}[{place}]"
             if found.fault and stream.damage():
                 yield Reject(name, stream.damage(), sample(found.source))
                 return
@@ -189,7 +189,7 @@ def _json(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
             else:
                 yield name, found.value, found.source
         if stream.damage():
-            yield Reject(f"{shown(part.path)}[{place + 1}]", stream.damage())
+            yield Reject(f"{called(part.path)}[{place + 1}]", stream.damage())
 
 
 def _is_utf8(text: str) -> bool:
@@ -206,7 +206,7 @@ def _fault(name: str, fault: str, recipe: Recipe, source: Any) -> Reject:
 
 def _table(part: Part, recipe: Recipe) -> Iterator[Record | Reject]:
     """Rows of csv files, named by their first line; of others, by their place from 0."""
-    path = shown(part.path)
+    path = called(part.path)
     if part.format == "csv":
         with opened(part.path, part.encoding) as stream:
             for row in csv_rows(stream, limit(recipe)):

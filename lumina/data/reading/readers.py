@@ -18,7 +18,7 @@ from lumina.data.reading.conversations import document
 from lumina.data.reading.finding import EMBEDDED, Found, find, readable
 from lumina.data.reading.formats import Part, documents, field_names, usable, way
 from lumina.data.reading.huggingface import PREFIX
-from lumina.data.reading.streams import expansion, shown
+from lumina.data.reading.streams import STDIN, called, expansion, shown
 from lumina.data.reading.tables import arrow_batches, parquet_groups
 from lumina.data.recipe import Recipe
 from lumina.data.records import CONVERSATION, PREFERENCE, TEXT, Document, Reject
@@ -82,7 +82,7 @@ def plan(specs: Sequence[str], recipe: Recipe, progress: Callable[[str], None] |
         said += about
         for identity in [os.path.realpath(each.path) for each in found] or [spec]:
             if identity in taken:
-                raise DataError(f"{shown(spec)}: names {shown(identity)} twice; name it once")
+                raise DataError(f"{called(spec)}: names {called(identity)} twice; name it once")
             taken.add(identity)
         sources.append((spec, found))
     if recipe.text_field and not kinds:
@@ -136,7 +136,7 @@ def _found(spec: str, recipe: Recipe, kinds: dict[str, str]) -> tuple[list[Found
         kinds.setdefault({"docstrings": CONVERSATION, "preferences": PREFERENCE}.get(spec, TEXT), spec)
         return [], []
     if spec == "-":
-        raise DataError("-: stdin can be read only once; read it with `spool`")
+        raise DataError("-: stdin can be read only once; save it to a file, and name that")
     passed: Counter[str] = Counter()
     split = ""
     if not spec.startswith(PREFIX):
@@ -147,13 +147,13 @@ def _found(spec: str, recipe: Recipe, kinds: dict[str, str]) -> tuple[list[Found
     else:
         return [], []
     said = _statements(spec, found, passed, recipe, kinds)
-    return found, [*said, *([f"{shown(spec)}: {split}"] if split else [])]
+    return found, [*said, *([f"{called(spec)}: {split}"] if split else [])]
 
 
 def spool(stream: BinaryIO, directory: str | os.PathLike[str]) -> Path:
     """A file below `directory` with all of the stream, such as stdin: it can be read again."""
-    path = Path(directory) / "stdin"
-    partial = path.with_name("stdin.partial")
+    path = Path(directory) / STDIN
+    partial = path.with_name(f"{STDIN}.partial")
     with open(partial, "wb") as file:
         while chunk := stream.read(READ_BYTES):
             file.write(chunk)
@@ -174,16 +174,16 @@ def _statements(spec: str, found: list[Found], passed: Counter[str], recipe: Rec
             words, of = way(each.part, recipe)
         ways.setdefault(words, []).append(each.path)
         for kind in sorted(of):
-            kinds.setdefault(kind, shown(each.path))
+            kinds.setdefault(kind, called(each.path))
     said = [
-        f"{shown(paths[0]) if len(paths) == 1 else f'{shown(spec)}: {len(paths):,} files'}: {way}"
+        f"{called(paths[0]) if len(paths) == 1 else f'{called(spec)}: {len(paths):,} files'}: {way}"
         for way, paths in ways.items()
     ]
     if passed:
         why = ", ".join(f"{count:,} {shown(reason)}" for reason, count in sorted(passed.items()))
-        said.append(f"{shown(spec)}: {passed.total():,} passed over: {why}")
+        said.append(f"{called(spec)}: {passed.total():,} passed over: {why}")
     if not found:
-        raise DataError(f"{shown(spec)}: holds no file that can be read{'; ' + said[-1] if said else ''}")
+        raise DataError(f"{called(spec)}: holds no file that can be read{'; ' + said[-1] if said else ''}")
     return said
 
 
@@ -194,7 +194,7 @@ def _require_text_field(found: list[Found], recipe: Recipe) -> None:
             names = field_names(each.part, recipe)
         if names and recipe.text_field not in names:
             works = f"name the one that holds the text of: {shown(', '.join(names[:FIELDS_TOLD]))}"
-            raise DataError(f"--text-field {recipe.text_field}: the first records of {shown(each.path)} have none; {works}")
+            raise DataError(f"--text-field {recipe.text_field}: the first records of {called(each.path)} have none; {works}")
 
 
 # ------------------------------------------------------------------------------------------------------------ units
@@ -231,7 +231,7 @@ def _cut(spec: str, found: list[Found], survey: _Survey, update: Callable[[bytes
         update(hashlib.sha256(tag.encode() + contents).digest())
         if each.trees or each.encoding or each.format not in ("lines", "jsonl"):
             cuts = _groups(each) if each.format in ("parquet", "arrow") and not each.trees else []
-        unit = Unit(0, spec, shown(each.path), each.format, paths=(each.path,), encoding=each.encoding, trees=each.trees)
+        unit = Unit(0, spec, called(each.path), each.format, paths=(each.path,), encoding=each.encoding, trees=each.trees)
         if len(cuts) > 1:
             for start, stop, first, size in cuts:
                 yield unit._replace(start=start, stop=stop, first=first, bytes=size)

@@ -10,6 +10,7 @@ from typing import IO, Any, NamedTuple
 from lumina.data.extras import need
 
 SAMPLE_CHARACTERS = 80
+STDIN = "<stdin>"  # the name of the file that `lumina data` makes of it
 BUFFER_BYTES = 2**20
 # What is decompressed at once. gz makes at most 1 MiB of it and zst 32 MiB, so that a bomb costs no more memory than that.
 FEED_BYTES = 2**10
@@ -31,6 +32,11 @@ def shown(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
+def called(path: str) -> str:
+    """What errors and reports call a file: stdin by that name, wherever it was spooled to."""
+    return STDIN if path.rpartition("/")[2] == STDIN else shown(path)
 
 
 def sample(record: Any) -> str:

@@ -15,6 +15,7 @@ from lumina.conversation import named, render
 from lumina.data.corpus import kind_of
 from lumina.data.preparing.pipeline import Say, bad_records
 from lumina.data.reading.readers import plan, spool
+from lumina.data.reading.streams import called
 from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn, with_what_works
 from lumina.data.reports.scoring import score
@@ -96,7 +97,7 @@ def check(
     chosen, sample = looked.chosen(), looked.sample()
     say(f"languages and quality of {_count(len(sample), 'document')}")
     found: dict[str, Any] = {
-        "sources": list(sources),
+        "sources": [called(spec) for spec in sources],
         "formats": planned.formats,
         "limit": limit,
         "kinds": most_first(looked.kinds),

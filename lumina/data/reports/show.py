@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TEXT, loss_weights, named, render
 from lumina.data.preparing.tokenise import Account, after_steps
-from lumina.data.reading.readers import plan, read
+from lumina.data.reading.readers import plan, read, spool
+from lumina.data.reading.streams import called
 from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
 from lumina.data.records import PREFERENCE, Document, Reject, Turn, with_what_works
 from lumina.errors import DataError, UsageError
@@ -29,7 +31,9 @@ GREY, GREEN, YELLOW, PLAIN = "\x1b[90m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Define the options."""
-    parser.add_argument("file", metavar="FILE", help="or another source: a directory, a glob, stdlib, docstrings, preferences")
+    parser.add_argument(
+        "file", metavar="FILE", help="or another source: -, a directory, a glob, stdlib, docstrings, preferences"
+    )
     parser.add_argument("--record", type=int, default=1, metavar="N", help="which one, rejected ones counted (default: 1)")
     parser.add_argument("--template", default="lumina", help=f"of conversations: {', '.join(TEMPLATES)} (default: lumina)")
     parser.add_argument(
@@ -49,7 +53,10 @@ def tell(arguments: argparse.Namespace) -> None:
     if arguments.record < 1:
         raise UsageError(f"--record {arguments.record}: the first is 1")
     weights, form = loss_weights(arguments.loss_weights), named(arguments.template)
-    taken, documents = _found(arguments, recipe_of(arguments))
+    recipe = recipe_of(arguments)
+    with tempfile.TemporaryDirectory(prefix="lumina-show-") as directory:
+        source = str(spool(sys.stdin.buffer, directory)) if arguments.file == "-" else arguments.file
+        taken, documents = _found(source, arguments.record, bool(arguments.tokenizer), recipe)
     if isinstance(taken, Reject):
         found: dict[str, Any] = {"name": taken.name, "kind": "rejected", "why": taken.kind, "sample": taken.sample}
     elif taken.document is None:
@@ -71,21 +78,22 @@ class Taken(NamedTuple):
     did: list[str]  # by steps, in words; what removed it comes last
 
 
-def _found(arguments: argparse.Namespace, recipe: Recipe) -> tuple[Taken | Reject, list[Document]]:
-    """The record that is asked for, and of the first ones what the steps leave, which a tokenizer can be trained on."""
+def _found(source: str, asked: int, alone: bool, recipe: Recipe) -> tuple[Taken | Reject, list[Document]]:
+    """The record that is asked for, and, but where it is `alone`, of the first ones what the steps leave, which a tokenizer can be
+    trained on."""
     documents: list[Document] = []
     found: Taken | Reject | None = None
     number = 0
-    for number, record in enumerate(_records(arguments.file, recipe), start=1):
-        if number == arguments.record or number <= SAMPLE_RECORDS:
+    for number, record in enumerate(_records(source, recipe), start=1):
+        if number == asked or number <= SAMPLE_RECORDS:
             taken = record if isinstance(record, Reject) else _taken(record, recipe)
-            found = taken if number == arguments.record else found
+            found = taken if number == asked else found
             if number <= SAMPLE_RECORDS and isinstance(taken, Taken) and taken.document:
                 documents.append(taken.document)
-        if number >= arguments.record and (arguments.tokenizer or number >= SAMPLE_RECORDS):
+        if number >= asked and (alone or number >= SAMPLE_RECORDS):
             break
     if found is None:
-        raise UsageError(f"--record {arguments.record}: {arguments.file} has {number:,}")
+        raise UsageError(f"--record {asked}: {called(source)} has {number:,}")
     return found, documents or [found.document] if isinstance(found, Taken) and found.document else documents
 
 

@@ -18,6 +18,7 @@ from lumina.conversation import named
 from lumina.data.extras import need
 from lumina.data.preparing.pipeline import Order, Say, require_unchanged, save_whole, training_share, training_texts
 from lumina.data.reading.readers import plan, spool, text_bytes
+from lumina.data.reading.streams import called
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, printable, table
@@ -134,7 +135,7 @@ def train(
         "asked_for": vocab_size,
         "min_frequency": min_frequency,
         "fingerprint": tokenizer.fingerprint,
-        "sources": {"names": list(order.sources), "fingerprint": orders[0][1].fingerprint, "bytes": total},
+        "sources": {"names": list(map(called, order.sources)), "fingerprint": orders[0][1].fingerprint, "bytes": total},
         "trained_on_share": share,
         "held_out": held_out.about(),
         "compared": compared,

@@ -1,5 +1,6 @@
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -558,6 +559,17 @@ def test_of_another_encoding_it_is_told_what_works(tmp_path, capsys):
     path.write_bytes('{"text": "süß"}\n'.encode("cp1252"))
     with pytest.raises(DataError, match="iconv -f WINDOWS-1252 -t UTF-8"):
         cli.run(["data", "prepare", str(path), "--out", str(tmp_path / "bad"), "--workers", "0"])
+
+
+def test_what_came_by_standard_input_is_called_so(tmp_path, monkeypatch):
+    content = write(tmp_path / "a.jsonl", [*(text(i) for i in range(30)), 3, text(0)]).read_bytes()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    cli.run(["data", "prepare", "-", "--out", str(tmp_path / "out"), "--workers", "0", "--held-out", "0.1"])
+    for name in ("manifest.json", "samples.json", "rejects.jsonl"):
+        said = (tmp_path / "out" / name).read_text()
+        assert "<stdin>" in said
+        assert str(tmp_path) not in said
+    assert json.loads(said)["name"] == "<stdin>:31"
 
 
 def test_kinds_are_counted(tmp_path, capsys):

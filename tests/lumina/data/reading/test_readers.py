@@ -424,8 +424,8 @@ def test_a_file_that_vanishes_after_the_plan_is_an_error_and_no_reject(tmp_path,
 
 def test_stdin_is_spooled_to_a_file_whose_format_is_found(tmp_path):
     path = spool(io.BytesIO(gzip.compress(b'{"text": "x"}\n', mtime=0)), tmp_path)
-    assert os.listdir(tmp_path) == ["stdin"]
-    assert told(read_all(path), tmp_path) == [("stdin:1", "x")]
+    assert os.listdir(tmp_path) == ["<stdin>"]
+    assert told(read_all(path), tmp_path) == [("<stdin>:1", "x")]
 
 
 # ----------------------------------------------------------------------------------------------------- fingerprints

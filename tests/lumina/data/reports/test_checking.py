@@ -258,7 +258,10 @@ def test_standard_input_is_checked(tmp_path, capsys, monkeypatch):
     content = "".join(json.dumps(essay(i)) + "\n" for i in range(4)).encode()
     monkeypatch.setattr(checking.sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
     run(["data", "check", "-", "--format", "jsonl", "--json"])
-    assert json.loads(capsys.readouterr().out)["records"] == {"read": 4, "kept": 4}
+    told = capsys.readouterr().out
+    assert json.loads(told)["records"] == {"read": 4, "kept": 4}
+    assert '"<stdin>:1"' in told
+    assert "lumina-check" not in told
 
 
 def test_what_a_text_holds_does_not_steer_the_terminal(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """`lumina data show`: the tokens of a record, which of them are learned, and what is said of a record that is none."""
 
+import io
 import json
 
 import pytest
@@ -134,6 +135,12 @@ def test_all_of_a_text_is_learned(told):
     (side,) = json.loads(told("--record", "4", "--json"))["sides"]
     assert set(side["roles"]) == {"text"}
     assert set(side["weights"]) == {1.0}
+
+
+def test_standard_input_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b'{"text": "one"}\n{"text": "two"}\n')))
+    cli.run(["data", "show", "-", "--record", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["name"] == "<stdin>:2"
 
 
 def test_what_cannot_be_shown_is_refused(told):
