@@ -79,7 +79,7 @@ class Taken(NamedTuple):
 
 
 def _found(source: str, asked: int, alone: bool, recipe: Recipe) -> tuple[Taken | Reject, list[Document]]:
-    """The record that is asked for and, unless it is `alone`, what the steps leave of the first ones, to train a tokenizer on."""
+    """The record that is asked for and, unless it is `alone`, what the steps leave of the first ones, for a tokenizer."""
     documents: list[Document] = []
     found: Taken | Reject | None = None
     number = 0
