@@ -193,7 +193,7 @@ def _require_text_field(found: list[Found], recipe: Recipe) -> None:
         with readable(each.path):
             names = field_names(each.part, recipe)
         if names and recipe.text_field not in names:
-            works = f"name the one that holds the text of: {shown(', '.join(names[:FIELDS_TOLD]))}"
+            works = f"leave it out, or name one of: {shown(', '.join(names[:FIELDS_TOLD]))}"
             raise DataError(f"--text-field {recipe.text_field}: the first records of {called(each.path)} have none; {works}")
 
 
