@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lumina.arguments import FIELD, Parser
 from lumina.errors import NOT_CAUSAL, UsageError, exit_with
 
 
@@ -19,39 +20,34 @@ def main() -> None:
 
 def run(arguments: list[str]) -> None:
     """Parse and run one subcommand."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lumina",
         description="Sparse language models: train with `python -m lumina_jax.train`, and everything else here.",
-        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    params = commands.add_parser("params", help="parameters, FLOPs and memory of configs, side by side", allow_abbrev=False)
+    params = commands.add_parser("params", help="parameters, FLOPs and memory of configs, side by side")
     params.add_argument(
         "configs", nargs="+", metavar="CONFIG", help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
     )
     params.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     params.set_defaults(run=_params)
 
-    explained = commands.add_parser(
-        "explain", help="layers, tensors and their shards, kernels, the batch's path, collectives", allow_abbrev=False
-    )
+    explained = commands.add_parser("explain", help="layers, tensors and their shards, kernels, the batch's path, collectives")
     explained.set_defaults(run=_explain)
     if arguments[:1] == ["explain"]:
         from lumina import explain
 
         explain.add(explained)
 
-    planned = commands.add_parser(
-        "plan", help="whether a config fits devices that are not at hand, and how fast it could be", allow_abbrev=False
-    )
+    planned = commands.add_parser("plan", help="whether a config fits devices that are not at hand, and how fast it could be")
     planned.set_defaults(run=_plan)
     if arguments[:1] == ["plan"]:
         from lumina import planning
 
         planning.add(planned)
 
-    sample = commands.add_parser("sample", help="continue a prompt with a trained run", allow_abbrev=False)
+    sample = commands.add_parser("sample", help="continue a prompt with a trained run")
     sample.add_argument(
         "run_directory", metavar="RUN", type=Path, help="a run directory, or a canonical one of `lumina export`"
     )
@@ -70,7 +66,7 @@ def run(arguments: list[str]) -> None:
     sample.add_argument("--json", action="store_true", help="one JSON object a sample: prompt, text, seed")
     sample.set_defaults(run=_sample)
 
-    certified = commands.add_parser("certify", help="measure that a trained run never sees the future", allow_abbrev=False)
+    certified = commands.add_parser("certify", help="measure that a trained run never sees the future")
     certified.add_argument("run_name", metavar="RUN", help="a run directory, or its name in runs/")
     certified.add_argument("--best", action="store_true", help="the checkpoint with the lowest held-out loss, not the newest")
     certified.add_argument("--rows", type=int, default=64, metavar="N", help="of held-out text; 0 takes all (default: 64)")
@@ -84,7 +80,6 @@ def run(arguments: list[str]) -> None:
         "its arguments, config, data or checkpoint (exit 2 to 5), asks for no restart (93), or was asked to stop: SIGINT and "
         "SIGTERM are passed on to it, SIGHUP and SIGUSR1 as SIGTERM. Exits as the last run did.",
         help="run a command, and again when it crashes",
-        allow_abbrev=False,
     )
     supervised.add_argument(
         "--max-restarts", type=int, default=20, metavar="N", help="in a row; ten minutes of running end a row (default: 20)"
@@ -92,8 +87,8 @@ def run(arguments: list[str]) -> None:
     supervised.add_argument("--log", type=Path, metavar="FILE", help="append a JSON line at each end of the command")
     supervised.set_defaults(run=_run)
 
-    exported = commands.add_parser("export", help="a run in a format that other software loads, verified", allow_abbrev=False)
-    imported = commands.add_parser("import", help="a Llama, Mixtral or Qwen3-MoE model to go on from", allow_abbrev=False)
+    exported = commands.add_parser("export", help="a run in a format that other software loads, verified")
+    imported = commands.add_parser("import", help="a Llama, Mixtral or Qwen3-MoE model to go on from")
     if arguments[:1] in (["export"], ["import"]):
         from lumina.interchange import commands as interchange
 
@@ -104,7 +99,6 @@ def run(arguments: list[str]) -> None:
         "compare",
         description="How far two models are apart on the same tokens. Exits 0 whatever it finds; --json has `equal`.",
         help="two models on the same text, each in JAX, PyTorch or transformers",
-        allow_abbrev=False,
     )
     compared.set_defaults(run=_compare)
     if arguments[:1] == ["compare"]:
@@ -112,20 +106,20 @@ def run(arguments: list[str]) -> None:
 
         comparing.add(compared)
 
-    runs = commands.add_parser("runs", help="list, show, verify, compare and prune runs", allow_abbrev=False)
+    runs = commands.add_parser("runs", help="list, show, verify, compare and prune runs")
     if arguments[:1] == ["runs"]:
-        from lumina.runs.commands import add
+        from lumina.runs.commands import add, spelled
 
-        add(runs)
+        arguments = spelled(arguments, add(runs))
 
-    routing = commands.add_parser("routing", help="a page on what the routers of a run do, with advice", allow_abbrev=False)
+    routing = commands.add_parser("routing", help="a page on what the routers of a run do, with advice")
     routing.set_defaults(run=_routing)
     if arguments[:1] == ["routing"]:
         from lumina.runs import routing_page
 
         routing_page.add(routing)
 
-    data = commands.add_parser("data", help="prepare, show, check and report on data; train tokenizers", allow_abbrev=False)
+    data = commands.add_parser("data", help="prepare, show, check and report on data; train tokenizers")
     if arguments[:1] == ["data"]:
         from lumina.data.commands import add as add_data
 
@@ -139,11 +133,11 @@ def run(arguments: list[str]) -> None:
     known.supervised = command
     if known.command == "run" and not command:
         raise UsageError("no command; give one after --, as in `lumina run -- python -m lumina_jax.train --config b7`")
-    overrides = [flag for flag in rest if flag.startswith("--config.")]
+    overrides = [flag for flag in rest if flag.startswith(FIELD)]
     if (unknown := [flag for flag in rest if flag not in overrides]) or (
         overrides and known.command not in ("params", "explain", "plan")
     ):
-        raise UsageError(f"{(unknown or overrides)[0]}: unknown argument; see `lumina {known.command} --help`")
+        known.parser.refuse((unknown or overrides)[0])
     known.overrides = overrides
     known.run(known)
 

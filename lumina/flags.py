@@ -1,8 +1,8 @@
 """The command line that both trainers share: --config, --workdir, and a flag for any field of the config."""
 
-import argparse
 from pathlib import Path
 
+from lumina.arguments import Parser
 from lumina.config import Config, load, override
 from lumina.runs.directory import ACCEPT
 
@@ -14,11 +14,10 @@ def parse(program: str, arguments: list[str]) -> tuple[Config, Path, bool]:
         UsageError: an argument is unknown, or the config file does not exist.
         ConfigError: a field is unknown, of the wrong type, or impossible.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"python -m {program}",
         description="Train a model; the same command resumes.",
         epilog="Any field of the config is a flag: --config.train.steps=100 --config.model.moe.top_k=2",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", required=True, help="preset, auto, .py, .json or .yaml file, or run directory; NAME:VARIANT"
@@ -28,6 +27,8 @@ def parse(program: str, arguments: list[str]) -> tuple[Config, Path, bool]:
         ACCEPT, action="store_true", help="go on with a run although its config or data changed, from its newest checkpoint"
     )
     known, rest = parser.parse_known_args(arguments)
+    for word in filter(parser.near, rest):
+        parser.refuse(word)
     config = override(load(known.config), _joined(rest))
     name, _, variant = known.config.partition(":")
     workdir = known.workdir or Path("runs") / "-".join(filter(None, [Path(name).stem, variant]))

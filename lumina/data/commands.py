@@ -18,7 +18,7 @@ ACTIONS = {  # name -> module and what it does
 def add(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     """Define the subcommands; the one that `arguments` begin with gets its options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    parsers = {name: actions.add_parser(name, help=about, allow_abbrev=False) for name, (_, about) in ACTIONS.items()}
+    parsers = {name: actions.add_parser(name, help=about) for name, (_, about) in ACTIONS.items()}
     if arguments and arguments[0] in ACTIONS:
         module = importlib.import_module(f"lumina.data.{ACTIONS[arguments[0]][0]}")
         module.add(parsers[arguments[0]])

@@ -26,14 +26,14 @@ SHOWN_EVENTS = 10
 LONG_TO_READ = 1 << 30  # bytes; `verify` tells of a checkpoint this large before it begins to read it
 
 
-def add(runs: argparse.ArgumentParser) -> None:
-    """Add the commands to the parser of `lumina runs`; it lists without one."""
+def add(runs: argparse.ArgumentParser) -> list[str]:
+    """Add the commands to the parser of `lumina runs`, which lists without one; their names."""
     runs.add_argument("--json", action="store_true", help="one JSON object instead of text")
     runs.set_defaults(run=_told(_list), directory=library.LIBRARY)
     inner = runs.add_subparsers(dest="runs_command", metavar="COMMAND")
 
     def command(name: str, act: Callable[[argparse.Namespace], None], what: str, *names: str) -> argparse.ArgumentParser:
-        parser = inner.add_parser(name, help=what, description=what, allow_abbrev=False)
+        parser = inner.add_parser(name, help=what, description=what)
         for run in names:
             parser.add_argument(f"{run.lower()}_name", metavar=run, help="a run directory, or its name in runs/")
         # SUPPRESS: else the default here would undo `lumina runs --json list`.
@@ -54,6 +54,15 @@ def add(runs: argparse.ArgumentParser) -> None:
     restore = command("restore", _restore, "make a run directory from a backup")
     restore.add_argument("backup", metavar="BACKUP", type=Path, help="if encrypted, $LUMINA_BACKUP_PASSPHRASE opens it")
     restore.add_argument("--out", metavar="RUN", type=Path, required=True, help="the run directory to make")
+    return list(inner.choices)
+
+
+def spelled(arguments: list[str], names: list[str]) -> list[str]:
+    """`runs DIR` as `runs list DIR`."""
+    place = next((i for i, word in enumerate(arguments) if i and not word.startswith("-")), 0)
+    if place and arguments[place] not in names and Path(arguments[place]).is_dir():
+        return [*arguments[:place], "list", *arguments[place:]]
+    return arguments
 
 
 def _told(act: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:

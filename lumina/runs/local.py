@@ -3,7 +3,6 @@
 Each is told of the others by the variables that `lumina_jax` joins by. `launch/local.sh` is the short way to call it.
 """
 
-import argparse
 import contextlib
 import os
 import queue
@@ -18,6 +17,7 @@ from threading import Lock, Thread
 from types import FrameType
 from typing import BinaryIO
 
+from lumina.arguments import Parser
 from lumina.errors import INTERRUPTED, STOPPED_AND_SAVED, UsageError, exit_with
 from lumina.runs.supervisor import STOPS, cause_of, exit_code, stop_without_parent
 
@@ -190,7 +190,7 @@ def _say(text: str) -> None:
 
 def main() -> None:
     """Entry point of `python -m lumina.runs.local`."""
-    parser = argparse.ArgumentParser(prog="python -m lumina.runs.local", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="python -m lumina.runs.local", description=__doc__)
     parser.add_argument("--count", type=int, required=True, metavar="N", help="processes")
     parser.add_argument("--platform", choices=PLATFORMS, default="cpu", help="cpu, or gpu: one process a GPU (default: cpu)")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="where process 0 listens (default: any that is free)")

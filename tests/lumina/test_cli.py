@@ -70,6 +70,33 @@ def test_mistakes_are_told_in_one_line(arguments, code, said):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("sampel", "sampel: no such command (did you mean sample?); see `lumina --help`"),
+        ("runs verfy x", "verfy: no such command (did you mean verify?); see `lumina runs --help`"),
+        ("data", "missing: ACTION; see `lumina data --help`"),
+        ("data check x --stpes=all", "--stpes=all: unknown argument (did you mean --steps?); see `lumina data check --help`"),
+        ("data prepare x --ouy d", "--ouy: unknown argument (did you mean --out?); see `lumina data prepare --help`"),
+        (
+            "data tokenizer x --kind wordpiece --out y",
+            "--kind wordpiece: must be one of bpe, sentencepiece; see `lumina data tokenizer --help`",
+        ),
+        (
+            "explain b14 --platform tppu",
+            "--platform tppu: must be one of cpu, gpu, tpu (did you mean tpu?); see `lumina explain --help`",
+        ),
+        ("sample x --max-tokens few", "--max-tokens: invalid int value: 'few'; see `lumina sample --help`"),
+        ("sample x y", "y: unknown argument; see `lumina sample --help`"),
+        ("run --log-file a -- b", "--log-file: unknown argument (did you mean --log?); see `lumina run --help`"),
+    ],
+)
+def test_a_refusal_names_the_nearest_name_and_the_help_of_its_own_command(arguments, said):
+    with pytest.raises(UsageError) as refused:
+        cli.run(arguments.split())
+    assert str(refused.value) == said
+
+
 def test_sampling_values_are_refused_before_a_model_is_loaded(tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(UsageError, match=r"top_p = 1\.5: must be above 0 and at most 1"):

@@ -42,3 +42,15 @@ def test_the_run_directory_can_be_chosen():
 def test_unknown_arguments_are_refused(arguments):
     with pytest.raises(UsageError, match="unknown argument"):
         parse("train", arguments)
+
+
+def test_a_misspelt_flag_is_refused_with_the_nearest_one_and_where_all_are():
+    help_ = "see `python -m lumina_jax.train --help`"
+    for arguments, said in (
+        (["--config", "debug", "--workdri=x"], "--workdri=x: unknown argument (did you mean --workdir?)"),
+        (["--confg", "debug"], "--confg: unknown argument (did you mean --config?)"),
+        (["--config.train.steps=3"], "missing: --config"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            parse("lumina_jax.train", arguments)
+        assert str(refused.value) == f"{said}; {help_}"

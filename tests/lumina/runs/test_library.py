@@ -163,6 +163,13 @@ def test_a_run_is_one_line_and_runs_alone_lists(run, lumina):
     assert lines[2].endswith("stopped")
 
 
+def test_a_directory_of_runs_is_listed_without_the_word_list(run, lumina):
+    listed = lumina("list", run.path.parent)
+    assert run.path.name in listed
+    assert lumina(run.path.parent) == listed
+    assert lumina("--json", run.path.parent) == lumina("list", run.path.parent, "--json")
+
+
 def test_list_json_is_one_object_with_a_record_for_each_run(run, lumina):
     train("runs/two", until=35)
     found = lumina("list", "--json")
