@@ -17,6 +17,7 @@ DEFAULT_SOURCE = "stdlib"  # of `DataConfig.source`
 MODES = ("base_only", "finetuning_only", "hybrid", "interleaved")
 LONGEST_PERIOD = 100_000  # rows after which the order of sources repeats; a table of it is kept
 _HEAD = re.compile(r"(?:(\d+)\s*)?(?:x\s*(\d+)\s*)?:(.*)", re.DOTALL)  # STEPS x LENGTH: MIXTURE
+_MEANT = re.compile(r"\d(?:[^/@.,:]|,(?=\d))*:")  # begins a stage, as no source does, and yet may not be a _HEAD
 _WEIGHT = re.compile(r"(.*[^@\s])\s*@\s*(\d+(?:\.\d*)?|\.\d+)", re.DOTALL)
 
 Mixture = tuple[tuple[str, int], ...]  # sources and whole weights without a common factor
@@ -131,6 +132,9 @@ def _listed(spec: str, mode: str, steps: int, longest: int) -> list[Stage]:
         if count is None and number < len(parts):
             works = "STEPS: MIXTURE, or STEPS x LENGTH: MIXTURE; only the last stage may leave out its steps"
             raise ConfigError(f"{named}: stage {number} does not say how many steps it has; write {works}")
+        if count is None and length is None and (meant := _MEANT.match(part.strip())):
+            works = "STEPS: MIXTURE, or STEPS x LENGTH: MIXTURE, such as 900 x 128: stdlib"
+            raise ConfigError(f"{named}: stage {number} begins with {meant[0]!r}; write {works}")
         own = steps - sum(stage.steps for stage in found) if count is None else int(count)
         if own < 1:
             what = "no step is left for it" if count is None else "it has no step"

@@ -91,6 +91,8 @@ def test_what_is_spelled_is_what_is_read(steps, weights):
         ({"stages": "1000: a; b"}, "stage 2: no step is left for it"),
         ({"stages": "0: a; b"}, "stage 1: it has no step"),
         ({"stages": "a; 500: b"}, "stage 1 does not say how many steps it has"),
+        ({"stages": "900 y 128: stdlib"}, "stage 1 begins with '900 y 128:'; write STEPS: MIXTURE, or STEPS x LENGTH: MIXTURE"),
+        ({"stages": "500: a; 1,000 steps: hf:b"}, "stage 2 begins with '1,000 steps:'; write STEPS: MIXTURE"),
         ({"stages": "x 512: a; 500: b"}, "stage 1 does not say how many steps it has"),
         (
             {"stages": "500 x 2048: a; b"},
@@ -152,6 +154,12 @@ def test_every_length_must_divide_over_the_mesh():
 def test_the_first_source_is_of_the_first_stage_and_revisions_are_no_weights(data, first):
     made = Config(data=DataConfig(**data))
     assert first_source(made.data) == first == sources(made)[0]
+
+
+@pytest.mark.parametrize("source", ["2024.txt", "2024 notes.txt,hf:a/b", "hf:a/b:train", "3 kinds/a:b.txt", "x: y"])
+def test_a_source_is_not_taken_for_a_stage_that_is_written_wrongly(source):
+    (stage,) = stages(config(stages=source))
+    assert stage.mixture == ((source, 1),)
 
 
 def test_a_source_beside_stages_is_refused_and_a_third_is_a_third():
