@@ -13,7 +13,7 @@ from lumina.architecture import Group, counts, layer_kinds, layer_plan, numbered
 from lumina.config import Config, MeshConfig, load, override
 from lumina.errors import UsageError
 from lumina.footprint import footprint
-from lumina.layout import choose, with_mesh
+from lumina.layout import choose, require_shared, with_mesh
 from lumina.mesh import AXES, ROWS, RULES, SEQUENCE, Sizes
 from lumina.runs.units import gib, si
 from lumina.traffic import FLOAT32, Transfer, gathered_over, layer_transfers, stored, transfers
@@ -61,18 +61,24 @@ def tell(arguments: argparse.Namespace, kernels: Kernels) -> None:
         topology = topologies.unnamed("devices without a --topology", platform, devices)
         config, why = choose(config, topology, int(arguments.memory * 2**30))
     elif config.mesh.auto and devices > 1 and not mesh.named(config.mesh):
+        _require_even(arguments.hosts, devices)
+        require_shared(config, devices)
         raise UsageError(
             "mesh.auto = True: needs the memory of a device to choose by; give it, as in --memory 80 or --topology v5p:4x4x4"
         )
     elif config.mesh.auto and not mesh.named(config.mesh):
         why = "mesh.auto: the mesh is chosen for the devices at hand; --topology, or --devices and --memory, tell which"
     sizes = mesh.resolve(config, devices)
-    if sizes.devices % arguments.hosts:
-        raise UsageError(f"--hosts = {arguments.hosts}: must divide the {sizes.devices} devices of the mesh")
+    _require_even(arguments.hosts, sizes.devices)
     config = replace(config, mesh=MeshConfig(**sizes._asdict()))
     found = explain(config, sizes, arguments.hosts, kernels(config, platform))
     found = {"config": arguments.config, "platform": platform, "chosen": why, **found}
     print(json.dumps(found, indent=2) if arguments.json else text(found))
+
+
+def _require_even(hosts: int, devices: int) -> None:
+    if devices % hosts:
+        raise UsageError(f"--hosts = {hosts}: must divide the {devices} devices of the mesh")
 
 
 # ----------------------------------------------------------------------------------------------------------- gathering

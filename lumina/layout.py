@@ -70,6 +70,20 @@ def micro_batches(config: Config, sizes: Sizes) -> list[int]:
     return [n for n in range(1, rows + 1) if rows % n == 0 and (not decided or n == config.train.micro_batches)]
 
 
+def require_shared(config: Config, devices: int) -> None:
+    """Raise a ConfigError where so many devices cannot split the batch and the model at all, whatever their memory."""
+    if not any(micro_batches(config, sizes) for sizes in candidates(config, devices)):
+        raise _unshared(config, devices)
+
+
+def _unshared(config: Config, devices: int) -> ConfigError:
+    fits = max((n for n in range(1, devices) if candidates(config, n)), default=1)
+    return ConfigError(
+        f"mesh.auto: {devices} devices cannot share train.batch_size = {config.train.batch_size} rows and the tensors of "
+        f"this model; {fits} can"
+    )
+
+
 def usable(memory_bytes: int) -> int:
     """Bytes of a device that an estimate may take."""
     return int(memory_bytes * SHARE)
@@ -102,11 +116,7 @@ def choose(config: Config, topology: Topology, memory_bytes: int) -> tuple[Confi
     """
     devices, found = topology.devices, layouts(config, topology, memory_bytes, (config.train.remat,))
     if not found:
-        fits = max((n for n in range(1, devices) if candidates(config, n)), default=1)
-        raise ConfigError(
-            f"mesh.auto: {devices} devices cannot share train.batch_size = {config.train.batch_size} rows and the tensors of "
-            f"this model; {fits} can"
-        )
+        raise _unshared(config, devices)
     limit = usable(memory_bytes)
     fitting = [one for one in found if one.needed <= limit]
     given = f"{devices} devices of {gib(memory_bytes)}, of which {SHARE:.0%} are used"

@@ -153,6 +153,19 @@ def test_the_command_takes_every_preset_as_it_is(name, capsys):
     assert capsys.readouterr().out.startswith(f"{name}: ")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        (["--devices", "64", "--hosts", "7"], UsageError, "--hosts = 7: must divide the 64 devices"),
+        (["--devices", "63"], ConfigError, "mesh.auto: 63 devices cannot share train.batch_size"),
+        (["--devices", "64", "--hosts", "8"], UsageError, "mesh.auto = True: needs the memory"),
+    ],
+)
+def test_what_no_memory_makes_possible_is_refused_before_memory_is_asked_for(arguments, error, said):
+    with pytest.raises(error, match=re.escape(said)):
+        cli.run(["explain", "b14", *arguments])
+
+
 def test_with_a_devices_memory_the_command_chooses_a_mesh(capsys):
     cli.run(["explain", "large", "--devices", "8", "--memory", "24"])
     said = capsys.readouterr().out
