@@ -33,6 +33,22 @@ word() {
     esac
 }
 
+# config VALUE: auto, a preset, or what can be read. What is elsewhere is not looked for where THERE is set: a file of an image.
+config() {
+    of=${1%%:*} presets=auto
+    for preset in "${here:?}"/../configs/*.py; do
+        preset=${preset##*/}
+        presets="$presets ${preset%.py}"
+    done
+    case " $presets " in
+        *" $of "*) return 0 ;;
+    esac
+    case ${THERE:+there}$of in
+        there*[./]*) return 0 ;;
+    esac
+    { [ -n "$of" ] && [ -r "$of" ]; } || refuse CONFIG "$1" "a file, a run directory, or one of: $presets"
+}
+
 # quoted WORD...: one line that a shell reads as these words again.
 quoted() {
     quote="'" before=''
@@ -53,9 +69,20 @@ quoted() {
     echo
 }
 
-# run WORD...: become this command, or print it where DRY_RUN is set.
+# told: the variables at the top of this script as they are now, so that a misspelt one is seen not to be among them.
+told() {
+    set --
+    # shellcheck disable=SC2013 # words are what is wanted
+    for variable in $(sed -n 's/^\([A-Z]*\)=\${.*/\1/p' "$0"); do
+        eval "set -- \"\$@\" \"$variable=\$$variable\""
+    done
+    echo "# with $(quoted "$@")" >&2
+}
+
+# run WORD...: become this command, or print it where DRY_RUN is set, and on stderr what it is made of.
 run() {
     if [ -n "${DRY_RUN:-}" ]; then
+        told
         quoted "$@"
     else
         exec "$@"

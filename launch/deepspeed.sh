@@ -14,6 +14,7 @@ DEEPSPEED=${DEEPSPEED:-.venv/bin/deepspeed}
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+config "$CONFIG"
 number PROCESSES "$PROCESSES" 1
 number PORT "$PORT" 1 65535
 choice STAGE "$STAGE" auto 0 1 2 3

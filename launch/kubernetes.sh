@@ -23,6 +23,7 @@ PYTHON=${PYTHON:-python}                 # in the image
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+THERE=1 config "$CONFIG"
 choice PLATFORM "$PLATFORM" tpu gpu
 number SLICES "$SLICES" 1
 number HOSTS "$HOSTS" 1
@@ -30,10 +31,16 @@ number CHIPS "$CHIPS" 1
 number PORT "$PORT" 1 65535
 number RESTARTS "$RESTARTS" 0
 word ACCELERATOR "$ACCELERATOR"
-word TOPOLOGY "$TOPOLOGY"
 word IMAGE "$IMAGE"
 word CLAIM "$CLAIM"
 word MOUNT "$MOUNT"
+if [ "$PLATFORM" = tpu ]; then
+    case $TOPOLOGY in
+        '' | *[!0-9x]* | [0x]* | *x | *x[0x]*) refuse TOPOLOGY "$TOPOLOGY" 'of numbers joined by x, such as 4x4x4' ;;
+    esac
+    [ $(($(echo "$TOPOLOGY" | sed 's/x/*/g'))) -eq $((HOSTS * CHIPS)) ] ||
+        refuse TOPOLOGY "$TOPOLOGY" "of as many chips as HOSTS * CHIPS = $HOSTS * $CHIPS = $((HOSTS * CHIPS))"
+fi
 case $NAME in
     '' | [!a-z]* | *[!a-z0-9-]* | *-) refuse NAME "$NAME" 'of a to z, 0 to 9 and -, as Kubernetes names are' ;;
 esac
@@ -80,6 +87,7 @@ manifest() {
 }
 text=$(manifest)
 if [ -n "${DRY_RUN:-}" ]; then
+    told
     printf '%s\n' "$text"
 else
     printf '%s\n' "$text" | kubectl apply --filename -

@@ -16,6 +16,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+config "$CONFIG"
 number PROCESSES "$PROCESSES" 1
 number PORT "$PORT" 0 65535
 choice PLATFORM "$PLATFORM" cpu gpu

@@ -22,6 +22,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 here=${SLURM_SUBMIT_DIR:-$(dirname -- "$0")/..}/launch # SLURM runs a copy of this script, from elsewhere
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+config "$CONFIG"
 choice BACKEND "$BACKEND" jax torch
 choice TASKS "$TASKS" node gpu
 number NODES "$NODES" 1

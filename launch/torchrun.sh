@@ -16,6 +16,7 @@ PYTHON=${PYTHON:-.venv/bin/python}
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+config "$CONFIG"
 number PROCESSES "$PROCESSES" 1
 number NODES "$NODES" 1
 number NODE "$NODE" 0 $((NODES - 1))

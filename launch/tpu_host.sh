@@ -11,6 +11,7 @@ METADATA=${METADATA:-http://metadata.google.internal/computeMetadata/v1/instance
 here=$(dirname -- "$0")
 # shellcheck source=launch/common.sh
 . "$here/common.sh"
+config "$CONFIG"
 number PORT "$PORT" 1 65535
 PLATFORM=tpu
 # shellcheck source=launch/flags.sh

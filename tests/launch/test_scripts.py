@@ -104,7 +104,14 @@ COMMANDS = [
     ),
     (
         "tpu_pod.sh",
-        {"TPU": "mine", "ZONE": "us-east1-d", "TYPE": "v6e-256", "RUNTIME": "v2-alpha-tpuv6e", "DIRECTORY": "my lumina"},
+        {
+            "TPU": "mine",
+            "ZONE": "us-east1-d",
+            "TYPE": "v6e-256",
+            "RUNTIME": "v2-alpha-tpuv6e",
+            "DIRECTORY": "my lumina",
+            "SOURCE": "URL",
+        },
         ["it's"],
         "# Once, to have the slice, and when it is there to set up its hosts:\n"
         f"# {POD} mine --node-id mine --zone us-east1-d --accelerator-type v6e-256 --runtime-version v2-alpha-tpuv6e\n"
@@ -157,7 +164,7 @@ def test_a_command_of_the_docs_is_one_that_trainers_take(variables, script, word
     variables = {
         name: "pyproject.toml" if name == "HOSTFILE" else value for name, value in variables.items() if name != "DRY_RUN"
     }
-    printed = dry(script, *words, **variables)
+    printed = dry(script, *words, **({"SOURCE": "URL"} | variables))  # a dry run of tpu_pod.sh needs it
     if script == "tpu_pod.sh":
         return  # what it is given goes on to launch/tpu_host.sh, over there
     if script == "kubernetes.sh":
@@ -186,13 +193,18 @@ def test_a_command_of_the_docs_is_one_that_trainers_take(variables, script, word
         ("slurm.sh", "TASKS", "8", "one of: node gpu"),
         ("slurm.sh", "REQUEUES", "-1", "a number of at least 0"),
         ("tpu_pod.sh", "TPU", "--all", "of letters, digits and . _ : / @ -"),
-        ("tpu_pod.sh", "ZONE", "", None),
+        ("slurm.sh", "TASKS", "", None),
         ("tpu_pod.sh", "ZONE", "a b", "of letters, digits and . _ : / @ -"),
         ("tpu_host.sh", "PORT", "99999", "a number of at least 1, at most 65535"),
         ("kubernetes.sh", "NAME", "Big", "of a to z, 0 to 9 and -, as Kubernetes names are"),
         ("kubernetes.sh", "PLATFORM", "cpu", "one of: tpu gpu"),
         ("kubernetes.sh", "IMAGE", "a: {b}", "of letters, digits and . _ : / @ -"),
         ("kubernetes.sh", "CLAIM", "${HOME}", "of letters, digits and . _ : / @ -"),
+        ("kubernetes.sh", "TOPOLOGY", "4xx4", "of numbers joined by x, such as 4x4x4"),
+        ("kubernetes.sh", "TOPOLOGY", "x4", "of numbers joined by x, such as 4x4x4"),
+        ("kubernetes.sh", "TOPOLOGY", "4x04", "of numbers joined by x, such as 4x4x4"),
+        ("kubernetes.sh", "TOPOLOGY", "4x4x2", "of as many chips as HOSTS * CHIPS = 16 * 4 = 64"),
+        ("kubernetes.sh", "HOSTS", "15", None),
         ("kubernetes.sh", "LIBTPU_INIT_ARGS", '--a="b"', None),
     ],
 )
@@ -202,9 +214,39 @@ def test_a_variable_that_cannot_be_is_refused_in_one_line(script, name, value, m
         return
     code, output, errors = call(script, DRY_RUN="1", **{name: value})
     assert (code, output) == (2, "")
-    assert errors.startswith(f"error: {name}=")
+    assert errors.startswith(("error: TOPOLOGY=4x4x4: must be of" if name == "HOSTS" else f"error: {name}="))
     assert errors.count("\n") == 1
     assert must is None or errors == f"error: {name}={value}: must be {must}\n"
+
+
+@pytest.mark.parametrize(
+    "script", sorted(path.name for path in (ROOT / "launch").glob("*.sh") if "CONFIG=" in path.read_text())
+)
+def test_a_config_that_there_is_not_is_refused(script, tmp_path):
+    code, output, errors = call(script, DRY_RUN="1", SOURCE="URL", CONFIG="b77:moe")
+    assert (code, output) == (2, "")
+    assert re.fullmatch(r"error: CONFIG=b77:moe: must be a file, a run directory, or one of: auto b1 .* tiny\n", errors)
+
+
+def test_a_config_is_a_preset_or_a_file_and_one_of_an_image_is_not_looked_for_here(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for config in ("auto", "b7:dense", "configs/b7.py:moe", str(tmp_path), str(tmp_path / "config.json")):
+        assert config in dry("local.sh", CONFIG=config)
+    assert call("local.sh", DRY_RUN="1", CONFIG="/runs/none.json")[0] == 2
+    assert "/runs/none.json" in dry("kubernetes.sh", CONFIG="/runs/none.json")
+
+
+def test_the_hosts_of_a_slice_need_something_to_clone():
+    said = "error: SOURCE=: must be the repository that the hosts clone, as in SOURCE=https://example.com/lumina.git\n"
+    assert call("tpu_pod.sh", DRY_RUN="1") == (2, "", said)
+
+
+def test_a_dry_run_tells_the_variables_so_that_a_misspelt_one_is_not_among_them():
+    _, _, errors = call("local.sh", DRY_RUN="1", PROCESES="4", LOGS="my logs")
+    assert errors == (
+        "# with PROCESSES=2 PLATFORM=cpu PORT=0 'LOGS=my logs' CONFIG=configs/debug.py WORKDIR=runs/debug "
+        "PYTHON=.venv/bin/python\n"
+    )
 
 
 def test_shellcheck_finds_nothing():
@@ -310,8 +352,8 @@ def test_what_a_slice_is_sent_runs_there_with_the_same_words(stand_in, tmp_path)
     (tmp_path / "a 'b" / "launch").mkdir(parents=True)
     stand_in("a 'b/launch/tpu_host.sh", 'echo "$CONFIG $WORKDIR $PORT"; printf "%s|" "$@"')
     words = ["it's", "$HOME", "a b"]
-    code, output, _ = call("tpu_pod.sh", *words, PATH=path, DIRECTORY="a 'b", CONFIG="my config", WORKDIR="/nfs", PORT="9")
-    assert (code, output) == (0, "my config /nfs 9\nit's|$HOME|a b|")
+    code, output, _ = call("tpu_pod.sh", *words, PATH=path, DIRECTORY="a 'b", CONFIG="my config.json", WORKDIR="/nfs", PORT="9")
+    assert (code, output) == (0, "my config.json /nfs 9\nit's|$HOME|a b|")
 
 
 # ----------------------------------------------------------------------------------------------------------- Kubernetes
@@ -369,7 +411,9 @@ def test_a_manifest_for_gpus_asks_for_gpus_alone():
 
 
 def test_each_pod_of_each_slice_has_a_number_of_its_own():
-    (trainer,) = manifest(HOSTS="3")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    (trainer,) = manifest(HOSTS="3", TOPOLOGY="2x2x3")["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"][
+        "containers"
+    ]
     command = [word.replace("$$", "$") for word in trainer["command"]]  # as Kubernetes does
     numbers = [
         subprocess.run(
