@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 REJECTS = "rejects.jsonl"
 SHARDS = f"{WORK}-shards"  # beside it: the shards of a merge that is not over
 SAY_SECONDS = 2.0
+TELLING = 0.01  # of all bytes: with less of them done the rate is that of a beginning, and foretells nothing
 REMEMBERED = 2**20  # texts of the tokenizer's sample that are known again, at about 90 bytes each
 
 Say = Callable[[str], None]
@@ -294,7 +295,7 @@ def _steps(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
 
 
 class Meter:
-    """How far it is: a line every two seconds, with the rate and what is left."""
+    """How far it is: a line every two seconds, with the rate and, as soon as that can be told, the time that is left."""
 
     def __init__(self, what: str, size: int, say: Say):
         self.what, self.size, self.say = what, size, say
@@ -316,7 +317,7 @@ class Meter:
             return
         self.said, seconds = now, now - self.began
         rate = self.done / seconds
-        left = f", {duration((self.size - self.done) / rate)} left" if rate else ""
+        left = f", {duration((self.size - self.done) / rate)} left" if self.done > TELLING * self.size else ""
         tokens = f", {si(self.tokens / seconds)} tokens/s" if self.tokens else ""
         documents = f"{self.documents:,} documents, " if self.documents else ""
         size = f"{self.done / 1e6:,.1f} of {self.size / 1e6:,.1f} MB"

@@ -22,7 +22,7 @@ from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
 from lumina.data.preparing import merge, tokenise
 from lumina.data.preparing.directory import prepare_directory
-from lumina.data.preparing.pipeline import Order, train_tokenizer, training_share, training_texts
+from lumina.data.preparing.pipeline import Meter, Order, train_tokenizer, training_share, training_texts
 from lumina.data.reading import readers
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
@@ -334,6 +334,18 @@ def test_ray_makes_the_same_bytes(tmp_path, sources):
 
 
 # ------------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_no_time_left_is_foretold_from_the_first_bytes(monkeypatch):
+    now, said = [0.0], []
+    monkeypatch.setattr("lumina.data.preparing.pipeline.time.monotonic", lambda: now[0])
+    meter = Meter("tokenised", 10_000_000, said.append)
+    for done in (0, 2_000, 97_000, 1_901_000):  # together 0, 0.02, 0.99 and 20 %
+        now[0] += 3.0
+        meter.add(done, 0, 0)
+        meter.tick()
+    assert [" left" in line for line in said] == [False, False, False, True]
+    assert said[-1].endswith(" 0.2 MB/s, 0:48 left")
 
 
 def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
