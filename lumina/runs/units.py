@@ -20,6 +20,13 @@ def gib(count: float) -> str:
     return f"{count / 2**20:.0f} MiB" if count < 1023.5 * 2**20 else f"{_three(count / 2**30)} GiB"
 
 
+def decimal_bytes(count: float) -> str:
+    """Bytes in powers of ten, as file sizes are told: 999 B, 12.3 kB, 1,234.5 MB."""
+    if count < 999.5:
+        return f"{count:.0f} B"
+    return f"{count / 1e3:.1f} kB" if count < 999_950 else f"{count / 1e6:,.1f} MB"
+
+
 def duration(seconds: float) -> str:
     """2:05, 1:02:03, 3 d 4 h."""
     if seconds != seconds or seconds == float("inf"):

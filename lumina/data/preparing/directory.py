@@ -25,7 +25,7 @@ from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, table
 from lumina.runs.directory import flat, replace_file
 from lumina.runs.lock import RunLock
-from lumina.runs.units import si
+from lumina.runs.units import decimal_bytes, si
 from lumina.tokenizer import require_bytes
 from lumina.tokenizer_files import load_tokenizer
 
@@ -110,7 +110,7 @@ def summary(manifest: dict[str, Any], path: Path) -> str:
         rows.append((step, "\n".join(told) or "nothing changed or removed"))
     for side in SIDES:
         of = manifest[side]
-        size = f"{of['bytes'] / 1e6:,.1f} MB, {si(of['tokens'])} tokens"
+        size = f"{decimal_bytes(of['bytes'])}, {si(of['tokens'])} tokens"
         rows.append((side.replace("_", " "), f"{of['documents']:,} documents, {size}"))
     size, tokens = (sum(manifest[side][what] for side in SIDES) for what in ("bytes", "tokens"))
     rows.append(("tokenizer", f"{manifest['tokenizer']['name']}, {size / tokens:.2f} bytes a token"))

@@ -21,7 +21,7 @@ from lumina.data.records import with_what_works
 from lumina.data.shards import token_dtype
 from lumina.errors import ConfigError, DataError
 from lumina.runs.steps import sync_directory, sync_files
-from lumina.runs.units import duration, si
+from lumina.runs.units import decimal_bytes, duration, si
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
@@ -101,8 +101,8 @@ def fill(
     shards.rmdir()
     shutil.rmtree(work)
     train, held_out = merged.sides.values()
-    documents, size = train["documents"] + held_out["documents"], (train["bytes"] + held_out["bytes"]) / 1e6
-    say(f"{order}: {documents:,} documents, {size:,.1f} MB, of which {held_out['documents']:,} held out")
+    documents, size = train["documents"] + held_out["documents"], train["bytes"] + held_out["bytes"]
+    say(f"{order}: {documents:,} documents, {decimal_bytes(size)}, of which {held_out['documents']:,} held out")
     return manifest
 
 
@@ -181,7 +181,7 @@ def train_tokenizer(
     size = sum(text_bytes(planned) for _, planned in orders)
     share = training_share(size, sample)
     if size:
-        say(f"training a tokenizer of {vocab_size:,} ids on {share * size / 1e6:,.1f} MB")
+        say(f"training a tokenizer of {vocab_size:,} ids on {decimal_bytes(share * size)}")
     tokenizer = train_bpe(training_texts(orders, share, say), vocab_size, extra=extra, smaller=smaller)
     for order, planned in orders:
         require_unchanged(order, planned)
@@ -320,5 +320,5 @@ class Meter:
         left = f", {duration((self.size - self.done) / rate)} left" if self.done > TELLING * self.size else ""
         tokens = f", {si(self.tokens / seconds)} tokens/s" if self.tokens else ""
         documents = f"{self.documents:,} documents, " if self.documents else ""
-        size = f"{self.done / 1e6:,.1f} of {self.size / 1e6:,.1f} MB"
-        self.say(f"{self.what} {documents}{size}, {rate / 1e6:,.1f} MB/s{tokens}{left}")
+        size = f"{decimal_bytes(self.done)} of {decimal_bytes(self.size)}"
+        self.say(f"{self.what} {documents}{size}, {decimal_bytes(rate)}/s{tokens}{left}")

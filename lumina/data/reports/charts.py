@@ -7,7 +7,7 @@ from html import escape
 WIDTH, HEIGHT = 400, 200  # as drawn; a page shows it as wide as there is room
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 10, 34
 LABELS = 9  # at most, along an axis
-_NUMBER = re.compile(r"([\d.,]+ ?(%|[KMBT]|MB)?)?")
+_NUMBER = re.compile(r"([\d.,]+ ?(%|[KMBT]|kB|MB)?)?")
 
 Point = tuple[float, float]
 

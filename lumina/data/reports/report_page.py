@@ -32,7 +32,7 @@ from lumina.errors import UsageError
 from lumina.runs.console import Console
 from lumina.runs.directory import replace_file
 from lumina.runs.page import Shown, whole
-from lumina.runs.units import si
+from lumina.runs.units import decimal_bytes, si
 
 NAMES = dict(zip(SIDES, ("training", "held out"), strict=True))
 WHOSE = {0: "headers", **{code: role for role, code in CODES.items()}, TEXT: "text"}
@@ -104,7 +104,7 @@ def _overview(found: Figures) -> str:
     tiles = [
         (si(train["documents"]), {"preference": "training pairs"}.get(manifest["kind"], "training documents")),
         (si(train["tokens"]), "training tokens"),
-        (f"{(train['bytes'] + held_out['bytes']) / 1e6:,.1f} MB", "of text"),
+        (decimal_bytes(train["bytes"] + held_out["bytes"]), "of text"),
         (f"{characters / max(1, tokens):.2f}", "characters a token"),
         (si(held_out["documents"]), "held out"),
         (f"{manifest['tokenizer']['vocab_size']:,}", "ids"),
@@ -125,7 +125,7 @@ def _sources(found: Figures) -> str:
         [
             _name(name),
             f"{about['documents']:,}",
-            f"{about['bytes'] / 1e6:,.1f} MB",
+            decimal_bytes(about["bytes"]),
             si(about["tokens"]),
             _percent(about["tokens"], total),
             charts.share_bar(about["tokens"] / total),

@@ -22,6 +22,7 @@ from lumina.data.reading.streams import called
 from lumina.data.recipe import add_recipe, recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, printable, table
+from lumina.runs.units import decimal_bytes
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
@@ -115,7 +116,7 @@ def train(
     extra, total = named(order.template).extra, orders[0][1].bytes
     size, held_out = text_bytes(orders[0][1]), HeldOut()
     share = training_share(size, sample)
-    say(f"training {kind} of {vocab_size:,} ids on {share * size / 1e6:,.1f} MB")
+    say(f"training {kind} of {vocab_size:,} ids on {decimal_bytes(share * size)}")
     texts = training_texts(orders, share, say, held_out.add)
     with _flag_named():
         if kind == "sentencepiece":
@@ -339,13 +340,13 @@ def text(found: dict[str, Any], out: Path) -> str:
     held_out, size = found["held_out"], found["sources"]["bytes"]
     rows = [
         ("tokenizer", f"{found['name']}, {found['vocab_size']:,} ids, in {out}"),
-        ("trained on", f"{100 * found['trained_on_share']:.3g}% of the training documents of {size / 1e6:,.1f} MB"),
+        ("trained on", f"{100 * found['trained_on_share']:.3g}% of the training documents of {decimal_bytes(size)}"),
     ]
     if found["vocab_size"] < found["asked_for"]:
         why = f"the text has no more merges that occur {found['min_frequency']:,} times"
         rows.append(("smaller", f"{found['vocab_size']:,} ids instead of {found['asked_for']:,}: {why}"))
     some = f"{held_out['compared_documents']:,} of {held_out['documents']:,} held-out documents"
-    rows.append(("compared on", f"{some}: {held_out['bytes'] / 1e6:,.2f} MB, {held_out['words']:,} words"))
+    rows.append(("compared on", f"{some}: {decimal_bytes(held_out['bytes'])}, {held_out['words']:,} words"))
     rows += [("missing", each) for each in found["missing"]]
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("tokenizer", lambda row: row["name"]),

@@ -467,5 +467,5 @@ def test_a_swapped_tokenizer_is_refused(tmp_path):
 def test_progress_tells_of_documents_and_rate(tmp_path):
     lines = []
     corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES, lines.append)
-    assert lines[0] == "training a tokenizer of 262 ids on 0.0 MB"
-    assert re.search(r": 50 documents, 0\.0 MB, of which \d+ held out", lines[-1])
+    assert lines[0] == "training a tokenizer of 262 ids on 1.8 kB"
+    assert re.search(r": 50 documents, [1-9][0-9.]* kB, of which \d+ held out", lines[-1])

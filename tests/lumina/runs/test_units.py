@@ -2,7 +2,7 @@
 
 import pytest
 
-from lumina.runs.units import duration, gib, si
+from lumina.runs.units import decimal_bytes, duration, gib, si
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,24 @@ def test_si_shows_three_digits_and_the_prefix_of_the_rounded_number(value, shown
 )
 def test_gib_shows_bytes_in_powers_of_two(count, shown):
     assert gib(count) == shown
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (999.6, "1.0 kB"),
+        (12_345, "12.3 kB"),
+        (49_999, "50.0 kB"),
+        (999_949, "999.9 kB"),
+        (999_950, "1.0 MB"),
+        (2**20, "1.0 MB"),
+        (1_234_500_000, "1,234.5 MB"),
+    ],
+)
+def test_small_files_have_a_size_too(count, shown):
+    assert decimal_bytes(count) == shown
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
+from lumina.runs.units import decimal_bytes
 from tests.waiting import GIVES_UP, runs, until
 
 VOCABULARY = 300
@@ -345,7 +346,7 @@ def test_no_time_left_is_foretold_from_the_first_bytes(monkeypatch):
         meter.add(done, 0, 0)
         meter.tick()
     assert [" left" in line for line in said] == [False, False, False, True]
-    assert said[-1].endswith(" 0.2 MB/s, 0:48 left")
+    assert said[-1].endswith(" 166.7 kB/s, 0:48 left")
 
 
 def test_a_directory_of_another_order_is_left_alone(tmp_path, sources):
@@ -713,7 +714,7 @@ def test_a_sample_of_compressed_files_is_of_the_text_that_they_hold(tmp_path):
     assert learned[0] == pytest.approx(size / 4, rel=0.3)
     assert learned[1] == pytest.approx(learned[0], rel=0.1)
     train_tokenizer([(order, planned)], VOCABULARY, (), size / 4, said.append)
-    assert said[-1] == f"training a tokenizer of {VOCABULARY:,} ids on {size / 4e6:,.1f} MB"
+    assert said[-1] == f"training a tokenizer of {VOCABULARY:,} ids on {decimal_bytes(size / 4)}"
 
 
 def test_a_tokenizer_learns_once_from_what_the_exact_step_leaves_once(tmp_path, monkeypatch):
