@@ -5,6 +5,7 @@ N documents, V ids.
 
 import argparse
 import math
+from collections import Counter
 from collections.abc import Iterable
 from html import escape
 from itertools import islice
@@ -99,14 +100,12 @@ def page(name: str, found: Figures) -> str:
 def _overview(found: Figures) -> str:
     manifest = found.corpus.manifest
     train, held_out = (manifest[side] for side in SIDES)
-    characters = train["characters"] + held_out["characters"]
-    tokens = train["tokens"] + held_out["tokens"]
     tiles = [
         (si(train["documents"]), {"preference": "training pairs"}.get(manifest["kind"], "training documents")),
         (si(train["tokens"]), "training tokens"),
-        (decimal_bytes(train["bytes"] + held_out["bytes"]), "of text"),
-        (f"{characters / max(1, tokens):.2f}", "characters a token"),
-        (si(held_out["documents"]), "held out"),
+        (decimal_bytes(train["bytes"]), "of training text"),
+        (f"{train['characters'] / max(1, train['tokens']):.2f}", "characters a training token"),
+        (si(held_out["documents"]), "held-out documents"),
         (f"{manifest['tokenizer']['vocab_size']:,}", "ids"),
     ]
     records = manifest["records"]
@@ -123,14 +122,14 @@ def _sources(found: Figures) -> str:
     total = sum(about["tokens"] for about in sources.values()) or 1
     rows = [
         [
-            _name(name),
+            _name(name, short),
             f"{about['documents']:,}",
             decimal_bytes(about["bytes"]),
             si(about["tokens"]),
             _percent(about["tokens"], total),
             charts.share_bar(about["tokens"] / total),
         ]
-        for name, about in islice(sources.items(), SOURCES)
+        for (name, about), short in zip(sources.items(), tails(list(islice(sources, SOURCES))), strict=False)
     ]
     if len(sources) > SOURCES:
         rows.append([f"and {len(sources) - SOURCES:,} more", "", "", "", "", ""])
@@ -222,13 +221,13 @@ def _tokens(found: Figures) -> str:
     never, rare = text[counts[text] == 0], text[(counts[text] > 0) & (counts[text] < RARE)]
     both = {what: sum(corpus.manifest[side][what] for side in SIDES) for what in ("characters", "bytes", "tokens")}
     rows = [
-        ["characters a token", f"{both['characters'] / max(1, both['tokens']):.3f}", ""],
-        ["bytes a token", f"{both['bytes'] / max(1, both['tokens']):.3f}", ""],
+        ["characters a token, held out ones too", f"{both['characters'] / max(1, both['tokens']):.3f}", ""],
+        ["bytes a token, held out ones too", f"{both['bytes'] / max(1, both['tokens']):.3f}", ""],
         ["ids of text never used in training", f"{never.size:,}", _percent(never.size, text.size)],
         [f"ids of text used less than {RARE} times", f"{rare.size:,}", _percent(rare.size, text.size)],
         ["tokens of one byte", f"{counts[sizes == 1].sum():,}", _percent(counts[sizes == 1].sum(), total)],
         ["control tokens", f"{counts[control].sum():,}", _percent(counts[control].sum(), total)],
-        ["tokens unknown or U+FFFD", f"{found.unknown:,}", _percent(found.unknown, both["tokens"])],
+        ["tokens unknown or U+FFFD, held out ones too", f"{found.unknown:,}", _percent(found.unknown, both["tokens"])],
     ]
     often = np.lexsort((np.arange(counts.size), -counts))[:FREQUENT]
     often = often[counts[often] > 0]
@@ -323,7 +322,7 @@ def _rejects(found: Figures) -> str:
         for each in found.rejected
     ]
     parts.append(
-        f"<details><summary>the first of each kind</summary>{charts.table(('record', 'why', 'begins'), rows)}</details>"
+        f"<details><summary>the first ones of each kind</summary>{charts.table(('record', 'why', 'begins'), rows)}</details>"
     )
     return "".join(parts)
 
@@ -363,8 +362,26 @@ def _coloured(pieces: Iterable[tuple[str, int]], whose: np.ndarray) -> Iterable[
 # ------------------------------------------------------------------------------------------------------------- pieces
 
 
-def _name(name: str) -> str:
-    return f"<span class=name>{escape(visible_name(name))}</span>"
+def tails(names: list[str]) -> list[str]:
+    """Paths by their last parts, of each as many as tell it from the others; other names as they are."""
+    parts = {name: Path(name).parts if "/" in name and ":" not in name else (name,) for name in names}
+    taken = dict.fromkeys(names, 1)
+
+    def tail(name: str) -> str:
+        return name if taken[name] == len(parts[name]) else "/".join(parts[name][-taken[name] :])
+
+    while True:
+        counts = Counter(map(tail, parts))
+        longer = [name for name in parts if counts[tail(name)] > 1 and taken[name] < len(parts[name])]
+        if not longer:
+            return [tail(name) for name in names]
+        for name in longer:
+            taken[name] += 1
+
+
+def _name(name: str, short: str = "") -> str:
+    whole_name = f' title="{escape(visible_name(name))}"' if short and short != name else ""
+    return f"<span class=name{whole_name}>{escape(visible_name(short or name))}</span>"
 
 
 def visible_name(name: str) -> str:

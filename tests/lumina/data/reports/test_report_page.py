@@ -1,5 +1,6 @@
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,11 +15,12 @@ from lumina.data.preparing.directory import prepare_directory
 from lumina.data.preparing.pipeline import Order
 from lumina.data.recipe import Recipe
 from lumina.data.reports import charts
-from lumina.data.reports.report_page import page
+from lumina.data.reports.report_page import page, tails
 from lumina.data.reports.statistics import figures, sampled_texts
 from lumina.errors import DataError, UsageError
 from lumina.runs.console import Console
 from lumina.runs.text import rows_of
+from lumina.runs.units import decimal_bytes
 
 EVIL = "<script>alert('x')</script>"
 
@@ -209,9 +211,35 @@ def test_a_page_tells_what_the_manifest_and_the_tokens_say(corpora, pages):
     for kind, count in manifest["rejects"]["counts"].items():
         assert f"{kind} {count}" in shown
     characters, tokens = (sum(manifest[side][what] for side in SIDES) for what in ("characters", "tokens"))
-    assert f"characters a token {characters / tokens:.3f}" in re.sub(r"\s+", " ", shown)
+    assert f"characters a token, held out ones too {characters / tokens:.3f}" in re.sub(r"\s+", " ", shown)
     least = manifest["steps"]["length"]["removed"]
     assert f"{next(iter(least.values()))} shorter than 98 characters" in shown
+
+
+def test_the_figures_at_the_top_are_of_the_same_documents(corpora, pages):
+    train = json.loads((corpora["text"] / "manifest.json").read_text())["train"]
+    top = pages["text"].split("<section>")[0]
+    tiles = dict(re.findall(r"<div><b>([^<]*)</b>([^<]*)</div>", top))
+    assert tiles[decimal_bytes(train["bytes"])] == "of training text"
+    assert tiles[f"{train['characters'] / train['tokens']:.2f}"] == "characters a training token"
+    assert "training documents" in tiles.values()
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["/data/user/x/alpaca.csv", "stdlib", "hf:a/b:train"], ["alpaca.csv", "stdlib", "hf:a/b:train"]),
+        (["/a/one/x.txt", "/a/two/x.txt", "y/z.txt"], ["one/x.txt", "two/x.txt", "z.txt"]),
+        (["/x.txt", "a/x.txt", "x.txt"], ["/x.txt", "a/x.txt", "x.txt"]),
+    ],
+)
+def test_a_source_is_called_by_the_end_of_its_path_that_no_other_has(names, told):
+    assert tails(names) == told
+
+
+def test_a_table_of_sources_shows_the_end_of_a_path_and_has_all_of_it(corpora, pages):
+    whole_name = escape(str(corpora["conversation"].parent / "data.jsonl"))
+    assert f'<span class=name title="{whole_name}">data.jsonl</span>' in pages["conversation"]
 
 
 def test_the_share_of_each_role_is_told(corpora, pages):
