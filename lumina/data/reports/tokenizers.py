@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -52,6 +53,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample-mb", type=float, help="text to train on (default: 500; 50 of sentencepiece, which is slow)")
     parser.add_argument("--template", default="lumina", help="whose control tokens it gets: lumina, chatml, instruct or chat")
     parser.add_argument("--held-out", type=float, default=HELD_OUT, help=f"fraction to compare on (default: {HELD_OUT})")
+    parser.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="TOKENIZER",
+        help="another one to compare with, as --tokenizer in training: a directory, a file, a name; may be given several times",
+    )
     parser.add_argument("--json", action="store_true", help="the comparison as one JSON object on stdout")
     add_recipe(parser)
 
@@ -65,6 +73,7 @@ def tell(arguments: argparse.Namespace) -> None:
         DataError: the sources cannot be used, or hold less than the vocabulary needs.
     """
     _require_sensible(arguments)
+    others = _others(arguments.compare, named(arguments.template).extra)
     console = Console(0)
     with tempfile.TemporaryDirectory(prefix="lumina-tokenizer-") as directory:
         sources = tuple(str(spool(sys.stdin.buffer, directory)) if spec == "-" else spec for spec in arguments.sources)
@@ -76,12 +85,21 @@ def tell(arguments: argparse.Namespace) -> None:
             arguments.min_frequency,
             1e6 * (arguments.sample_mb or SAMPLE_MB[arguments.kind]),
             console.status,
+            others,
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_whole(tokenizer, arguments.out)
     (arguments.out / REPORT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.done()
     print(json.dumps(found, indent=2) if arguments.json else printable(text(found, arguments.out)))
+
+
+def _others(specs: list[str], extra: tuple[str, ...]) -> dict[str, "Tokenizer"]:
+    """Those that are named, by what they are called in the comparison."""
+    from lumina.tokenizer_files import NAMED_ENCODINGS, load_tokenizer
+
+    found = {spec: load_tokenizer(spec, extra) for spec in specs}
+    return {spec if spec in NAMED_ENCODINGS else f"{other.name} of {spec}": other for spec, other in found.items()}
 
 
 def _require_sensible(arguments: argparse.Namespace) -> None:
@@ -105,7 +123,13 @@ def _require_sensible(arguments: argparse.Namespace) -> None:
 
 
 def train(
-    order: Order, kind: str, vocab_size: int, min_frequency: int, sample: float, say: Say
+    order: Order,
+    kind: str,
+    vocab_size: int,
+    min_frequency: int,
+    sample: float,
+    say: Say,
+    others: Mapping[str, "Tokenizer"] = MappingProxyType({}),
 ) -> tuple["Tokenizer", dict[str, Any]]:
     """A tokenizer of about `sample` bytes of the training documents, and how it compares on the held-out ones."""
     from lumina.tokenizer import train_bpe
@@ -120,7 +144,7 @@ def train(
     texts = training_texts(orders, share, say, held_out.add)
     with _flag_named():
         if kind == "sentencepiece":
-            tokenizer = train_sentencepiece(texts, vocab_size, extra)
+            tokenizer = train_sentencepiece(_told_of(texts, say), vocab_size, extra)
         else:
             tokenizer = train_bpe(texts, vocab_size, extra=extra, smaller=min_frequency > 0)
     if min_frequency:
@@ -128,7 +152,7 @@ def train(
         tokenizer = frequent_bpe(tokenizer, _batches(training_texts(orders, share, say)), min_frequency)
     for each, planned in orders:
         require_unchanged(each, planned)
-    compared, missing = compare(tokenizer, held_out.texts(), say)
+    compared, missing = compare(tokenizer, held_out.texts(), say, others)
     about = {
         "name": tokenizer.name,
         "kind": kind,
@@ -152,6 +176,12 @@ def _flag_named() -> Iterator[None]:
         yield
     except (ConfigError, DataError) as error:
         raise type(error)(str(error).replace("model.vocab_size", "--vocab-size")) from error
+
+
+def _told_of(texts: Iterable[str], say: Say) -> Iterator[str]:
+    """The texts, and where they end a line on what follows: the library itself tells nothing."""
+    yield from texts
+    say("all is read; SentencePiece chooses its pieces, and tells nothing until it has them")
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -298,12 +328,22 @@ class HeldOut:
         }
 
 
-def compare(tokenizer: "Tokenizer", texts: list[str], say: Say = lambda line: None) -> tuple[list[dict[str, Any]], list[str]]:
-    """What each tokenizer makes of the texts, this one first, then the well-known ones; and why some of those are missing."""
+def compare(
+    tokenizer: "Tokenizer",
+    texts: list[str],
+    say: Say = lambda line: None,
+    others: Mapping[str, "Tokenizer"] = MappingProxyType({}),
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What tokenizers make of the texts: this one, others by name, the well-known ones; and why some of those are missing."""
     from lumina.tokenizer_files import NAMED_ENCODINGS, load_tokenizer
 
     rows, missing = [measured(tokenizer, texts)], []
+    for name, other in others.items():
+        say(f"comparing with {name}")
+        rows.append(measured(other, texts) | {"name": name})
     for name in NAMED_ENCODINGS:
+        if name in others:
+            continue
         try:
             other = load_tokenizer(name)
         except DataError as error:
@@ -347,7 +387,10 @@ def text(found: dict[str, Any], out: Path) -> str:
         rows.append(("smaller", f"{found['vocab_size']:,} ids instead of {found['asked_for']:,}: {why}"))
     some = f"{held_out['compared_documents']:,} of {held_out['documents']:,} held-out documents"
     rows.append(("compared on", f"{some}: {decimal_bytes(held_out['bytes'])}, {held_out['words']:,} words"))
-    rows += [("missing", each) for each in found["missing"]]
+    if found["missing"]:
+        names = ", ".join(each.partition(":")[0] for each in found["missing"])
+        works = "TIKTOKEN_CACHE_DIR tells where theirs are, --compare names other tokenizers"
+        rows.append(("not with", f"{names}, whose files are not on this machine: {works}"))
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("tokenizer", lambda row: row["name"]),
         ("ids", lambda row: f"{row['vocab_size']:,}"),

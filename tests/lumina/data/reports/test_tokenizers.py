@@ -237,10 +237,36 @@ def test_what_is_made_is_loaded_by_name_of_its_directory(source, tmp_path, capsy
     assert json.loads((out / "comparison.json").read_text()) == told
 
 
-def test_sentencepiece_is_made_and_loaded(source, tmp_path, capsys):
-    out = tmp_path / "t"
+def test_a_tokenizer_of_ones_own_is_compared_with_and_those_that_are_missing_take_one_line(
+    source, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mine = train_bpe(["something else " * 9], 262 + 3)
+    mine.save(tmp_path / "mine")
+    flags = ["--vocab-size", "300", "--compare", str(tmp_path / "mine")]
+    run(["data", "tokenizer", source, "--out", str(tmp_path / "t"), *flags])
+    told = capsys.readouterr().out
+    assert f"bpe-265 of {tmp_path / 'mine'}" in told
+    assert told.count("not on this machine") == told.count("gpt2, cl100k_base, o200k_base") == 1
+    assert "sha256" not in told
+    trained, other = json.loads((tmp_path / "t" / "comparison.json").read_text())["compared"]
+    assert (trained["vocab_size"], other["vocab_size"]) == (300, 265)
+    assert trained["tokens"] < other["tokens"]
+
+
+def test_a_tokenizer_to_compare_with_that_there_is_not_is_refused_before_training(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "train", None)
+    with pytest.raises(DataError, match="no such tokenizer file"):
+        run(["data", "tokenizer", source, "--out", str(tmp_path / "t"), "--compare", str(tmp_path / "none")])
+
+
+def test_sentencepiece_is_made_and_loaded(source, tmp_path, monkeypatch):
+    out, said = tmp_path / "t", []
+    monkeypatch.setattr(tokenizers.Console, "status", lambda self, line: said.append(line))
     run(["data", "tokenizer", source, "--out", str(out), "--vocab-size", "330", "--kind", "sentencepiece"])
-    assert "sentencepiece-330" in capsys.readouterr().out
+    assert said[-1] == "all is read; SentencePiece chooses its pieces, and tells nothing until it has them"
+    assert json.loads((out / "comparison.json").read_text())["name"] == "sentencepiece-330"
     assert load_tokenizer(str(out)).vocab_size == 330
 
 
