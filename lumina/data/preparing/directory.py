@@ -1,6 +1,7 @@
 """`lumina data prepare`: a directory that is one order's, made in one go or in several."""
 
 import argparse
+import errno
 import hashlib
 import json
 import os
@@ -193,9 +194,18 @@ def _one_line(out: Path) -> Iterator[None]:
     except (ConfigError, DataError) as error:
         says = str(error).replace("data.held_out", "--held-out").replace("model.vocab_size", "--vocab-size")
         raise type(error)(says) from error
+    except UsageError as error:  # a lock is told of in the words of a trainer
+        raise UsageError(str(error).replace("--workdir", "--out").replace("another run directory", "another --out")) from error
     except OSError as error:
-        works = "free disk space, or mend it, and the same command goes on"
-        raise UsageError(f"{error.filename or out}: cannot be written or read ({error.strerror or error}); {works}") from error
+        path = Path(os.fsdecode(error.filename or out))
+        why, goes_on = error.strerror or str(error), "and the same command goes on"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"{path}: cannot be written ({why}); free disk space, {goes_on}") from error
+        if out.is_relative_to(path) or path.is_relative_to(out):
+            raise UsageError(
+                f"--out {out}: cannot be written ({why}: {path}); choose another, or mend it, {goes_on}"
+            ) from error
+        raise UsageError(f"{path}: cannot be read ({why}); mend it, {goes_on}, or leave it out of the sources") from error
 
 
 @contextmanager

@@ -73,6 +73,12 @@ def tell(arguments: argparse.Namespace) -> None:
         DataError: the sources cannot be used, or hold less than the vocabulary needs.
     """
     _require_sensible(arguments)
+    try:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out {arguments.out}: cannot be made ({error.strerror}: {error.filename}); choose another"
+        ) from error
     others = _others(arguments.compare, named(arguments.template).extra)
     console = Console(0)
     with tempfile.TemporaryDirectory(prefix="lumina-tokenizer-") as directory:
@@ -87,7 +93,6 @@ def tell(arguments: argparse.Namespace) -> None:
             console.status,
             others,
         )
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     save_whole(tokenizer, arguments.out)
     (arguments.out / REPORT).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     console.done()

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import io
@@ -21,13 +22,14 @@ from lumina.config import DataConfig
 from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
 from lumina.data.preparing import merge, tokenise
-from lumina.data.preparing.directory import prepare_directory
+from lumina.data.preparing.directory import _one_line, prepare_directory
 from lumina.data.preparing.pipeline import Meter, Order, train_tokenizer, training_share, training_texts
 from lumina.data.reading import readers
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
+from lumina.runs.lock import RunLock
 from lumina.runs.units import decimal_bytes
 from tests.waiting import GIVES_UP, runs, until
 
@@ -373,6 +375,36 @@ def test_a_source_that_changes_until_the_shards_are_written_is_refused(tmp_path,
     with pytest.raises(DataError, match="changed while it was being read"):
         prepare(tmp_path / "out", *sources)
     assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "said"),
+    [
+        (errno.EACCES, "/a/out/work", "--out /a/out: cannot be written (Permission denied: /a/out/work); choose another"),
+        (errno.EROFS, "/a", "--out /a/out: cannot be written (Read-only file system: /a); choose another"),
+        (errno.ENOSPC, "/a/out/work", "/a/out/work: cannot be written (No space left on device); free disk space"),
+        (
+            errno.EACCES,
+            "/b/x.txt",
+            "/b/x.txt: cannot be read (Permission denied); mend it, and the same command goes on, or leave",
+        ),
+    ],
+)
+def test_an_error_of_the_system_is_told_with_what_would_help(number, path, said):
+    with pytest.raises(UsageError, match=f"^{re.escape(said)}"), _one_line(Path("/a/out")):
+        raise OSError(number, os.strerror(number), path)
+
+
+def test_an_out_that_cannot_be_made_or_is_in_use_is_told_so(tmp_path, sources):
+    with pytest.raises(
+        UsageError, match=r"^--out /proc/x: cannot be written \(No such file or directory: /proc/x\); choose another"
+    ):
+        prepare(Path("/proc/x"), *sources)
+    (tmp_path / "out").mkdir()
+    held = RunLock(tmp_path / "out" / ".lock")
+    with pytest.raises(UsageError, match="wait for it, stop it, or choose another --out"):
+        prepare(tmp_path / "out", *sources)
+    held.release()
 
 
 def test_a_directory_with_something_else_is_left_alone(tmp_path, sources):

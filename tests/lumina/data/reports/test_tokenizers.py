@@ -289,6 +289,14 @@ def test_impossible_options_are_refused_and_nothing_is_left(source, tmp_path, fl
     assert not out.exists()
 
 
+def test_an_out_that_cannot_be_is_refused_before_training(source, monkeypatch):
+    monkeypatch.setattr(tokenizers, "train", None)
+    with pytest.raises(
+        UsageError, match=r"--out /proc/x/y: cannot be made \(No such file or directory: /proc/x\); choose another"
+    ):
+        run(["data", "tokenizer", source, "--out", "/proc/x/y"])
+
+
 def test_what_is_there_is_not_written_over(source, tmp_path):
     with pytest.raises(UsageError, match="is there already"):
         run(["data", "tokenizer", source, "--out", str(tmp_path)])
