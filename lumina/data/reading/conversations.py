@@ -36,6 +36,8 @@ def document(value: Any, name: str, text_field: str = "") -> Document | Reject:
     """
     try:
         if isinstance(value, list):
+            if value and not any(isinstance(message, Mapping) for message in value):
+                raise Fault("a list without messages")
             return Document(name, turns=validated(_messages(value)))
         if not isinstance(value, Mapping):
             raise Fault("not an object")
@@ -61,7 +63,7 @@ def form(value: Any, text_field: str = "") -> str:
     if pair := _pair(value):
         return f"conversations ({', '.join(pair)})"
     field = next((field for field in TEXT_FIELDS if field in value), "")
-    return f"texts ({field})" if field else "no text field"
+    return f"texts ({field})" if field else _no_text(value)
 
 
 # ----------------------------------------------------------------------------------------------------------- records
@@ -88,7 +90,13 @@ def _text(value: Mapping[str, Any], name: str, fields: tuple[str, ...]) -> Docum
             if isinstance(value[field], str):
                 return Document(name, value[field])
             raise Fault(f"{field} not a string")
-    raise Fault("no text field" if fields is TEXT_FIELDS else f"no field {fields[0]}")
+    raise Fault(_no_text(value) if fields is TEXT_FIELDS else f"no field {fields[0]}")
+
+
+def _no_text(value: Mapping[str, Any]) -> str:
+    """Why a record without a field for its text cannot be used: half a preference is none."""
+    sides = [side for side in ("chosen", "rejected") if value.get(side) is not None]
+    return f"{sides[0]} without {'rejected' if sides == ['chosen'] else 'chosen'}" if sides else "no text field"
 
 
 def _messages_field(value: Mapping[str, Any]) -> str:

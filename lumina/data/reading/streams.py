@@ -40,10 +40,11 @@ def called(path: str) -> str:
 
 
 def sample(record: Any) -> str:
-    """The beginning of a record, printable."""
+    """The beginning of a record, printable; where it goes on, with an ellipsis."""
     if isinstance(record, bytes):
         record = record[: 4 * SAMPLE_CHARACTERS].decode("utf-8", "backslashreplace")
-    return shown((record if isinstance(record, str) else repr(record))[:SAMPLE_CHARACTERS].rstrip())
+    whole = (record if isinstance(record, str) else repr(record)).rstrip()
+    return shown(whole[:SAMPLE_CHARACTERS].rstrip()) + ("..." if len(whole) > SAMPLE_CHARACTERS else "")
 
 
 def encoding_of(path: str) -> str:

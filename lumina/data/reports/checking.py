@@ -95,7 +95,8 @@ def check(
     planned = plan(sources, recipe, say)
     looked = Survey(planned, recipe, limit, say)
     chosen, sample = looked.chosen(), looked.sample()
-    say(f"languages and quality of {_count(len(sample), 'document')}")
+    if sample:
+        say(f"languages and quality of {_count(len(sample), 'document')}")
     found: dict[str, Any] = {
         "sources": [called(spec) for spec in sources],
         "formats": planned.formats,
@@ -235,22 +236,25 @@ def text(found: dict[str, Any]) -> str:
         rows.append(("characters", f"{sizes['sum']:,}; a document: {' | '.join(five)} (least, quartiles, most)"))
     if found["damaged"]:
         rows.append(("damaged", f"{_count(found['damaged'], 'document')} with U+FFFD, which stands for lost characters"))
-    if "tokens" in sample:
-        rows.append(
-            (
-                "tokens",
-                f"{sample['tokens']['sum']:,} in the sample, {sample['tokens']['characters_a_token']:.2f} characters each",
-            )
-        )
-    part = "all documents" if sample["documents"] == records["kept"] else f"a sample of {sample['documents']:,} documents"
-    rows.append(("languages", _counted(found["languages"], "found", sample["documents"], part)))
-    rows.append(("quality", _counted(found["quality"], "faults", sample["documents"], part) or f"no rule is broken in {part}"))
+    rows += _measured_told(found) if sample["documents"] else []
     rows += _turns_told(found["turns"])
     parts = found["score"]["parts"]
     rows.append(("score", "not measured" if found["score"]["score"] is None else f"{found['score']['score']:.1f} of 100"))
     rows += [("", f"{100 * each['share']:5.1f}%  x {each['weight']}  {each['name']}: {each['formula']}") for each in parts]
     rows.append(("", f"= {found['score']['formula']}"))
     return "\n\n".join([*map(_sample_told, found["samples"]), table(rows)])
+
+
+def _measured_told(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was measured of a sample that is not empty."""
+    sample, records, rows = found["sample"], found["records"], []
+    if "tokens" in sample:
+        told = f"{sample['tokens']['sum']:,} in the sample, {sample['tokens']['characters_a_token']:.2f} characters each"
+        rows.append(("tokens", told))
+    part = "all documents" if sample["documents"] == records["kept"] else f"a sample of {sample['documents']:,} documents"
+    rows.append(("languages", _counted(found["languages"], "found", sample["documents"], part)))
+    rows.append(("quality", _counted(found["quality"], "faults", sample["documents"], part) or f"no rule is broken in {part}"))
+    return rows
 
 
 def _sample_told(about: dict[str, Any]) -> str:

@@ -239,7 +239,7 @@ def test_a_reject_shows_how_the_record_begins(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [b'{"text": "\xff\x1b', b'{"text": "a\\u0000 and more"}', b"x" * 5000])
     samples = [record.sample for record in read_all(path, max_record_mb=0.001)]
     assert samples[:2] == ['{"text": "\\xff\\x1b', '{"text": "a\\u0000 and more"}']
-    assert samples[2] == "x" * 80
+    assert samples[2] == "x" * 80 + "..."
 
 
 # ------------------------------------------------------------------------------------------------ formats and fields

@@ -123,7 +123,7 @@ def test_a_long_line_is_never_held_whole(monkeypatch):
 
 def test_what_cannot_be_printed_is_escaped_in_one_line():
     assert shown("a\nb\x1b[31m\udcff ü") == "a\\nb\\x1b[31m\\udcff ü"
-    assert sample(b"a\xff\n" + b"x" * 1000) == "a\\xff\\n" + "x" * 74
+    assert sample(b"a\xff\n" + b"x" * 1000) == "a\\xff\\n" + "x" * 74 + "..."
     assert sample({"a": "\n"}) == r"{'a': '\n'}"
 
 

@@ -1,5 +1,6 @@
 import io
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -75,6 +76,19 @@ def test_every_record_is_told_of(tmp_path):
     assert (found["characters"]["min"], found["characters"]["max"]) == (5, sizes[-2])
     assert found["damaged"] == 0  # it was too short
     assert not found["unusable"]
+
+
+def test_of_no_document_nothing_is_measured_and_no_rule_is_kept(tmp_path):
+    found = check([write(tmp_path / "a.jsonl", ["{", {"text": " "}])], Recipe(), max_bad=1)
+    told = text(found)
+    assert "holds no document" in found["unusable"]
+    assert not re.search("^ *(languages|quality) ", told, re.MULTILINE)
+    assert "no rule is broken" not in told
+
+
+def test_what_is_cut_ends_in_an_ellipsis(tmp_path):
+    name = write(tmp_path / "a.jsonl", ["x" * 79 + "y" * 3, "short"])
+    assert [each["sample"] for each in check([name], Recipe())["rejects"]["examples"]] == ["x" * 79 + "y...", "short"]
 
 
 def test_the_score_is_the_weighted_mean_of_its_parts(tmp_path):
