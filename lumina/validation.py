@@ -230,7 +230,7 @@ def validate(config: "Config") -> "Config":
         o.warmup_steps < t.steps or o.warmup_steps == 0,
         "optim.warmup_steps",
         o.warmup_steps,
-        f"must be below train.steps = {t.steps}",
+        f"must be below train.steps = {t.steps}, as with --config.optim.warmup_steps={t.steps // 10}",
     )
     _require(
         t.early_stopping == 0 or t.eval_every > 0,

@@ -4,13 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from lumina.errors import UsageError
+from lumina.errors import ConfigError, UsageError
 from lumina.flags import parse
 
 
 def test_fields_are_set_with_an_equals_sign_or_a_space():
     config, *_ = parse("train", ["--config", "debug", "--config.train.steps=60", "--config.train.batch_size", "8"])
     assert (config.train.steps, config.train.batch_size) == (60, 8)
+
+
+@pytest.mark.parametrize("steps", [10, 1])
+def test_a_run_shorter_than_its_warmup_is_refused_with_the_flag_that_works(steps):
+    short = ["--config", "debug", f"--config.train.steps={steps}"]
+    with pytest.raises(
+        ConfigError, match=rf"warmup_steps = 50: must be below train\.steps = {steps}, as with --config"
+    ) as refused:
+        parse("train", short)
+    assert parse("train", [*short, str(refused.value).split()[-1]])[0].train.steps == steps
 
 
 @pytest.mark.parametrize(
