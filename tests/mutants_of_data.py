@@ -768,8 +768,8 @@ DATA = [
     Mutant(
         "names are markup in a report",
         "lumina/data/reports/report_page.py",
-        "<span class=name>{escape(visible_name(name))}",
-        "<span class=name>{visible_name(name)}",
+        ">{escape(visible_name(short or name))}</span>",
+        ">{visible_name(short or name)}</span>",
         f"{REPORT_PAGE}_texts_names_and_rejects_are_no_markup",
     ),
     Mutant(
