@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lumina.config import DataConfig
-from lumina.data import held_out_texts
+from lumina.data.sources import held_out_texts
 from lumina.errors import exit_with
 from lumina.tokenizer_files import load_tokenizer
 

@@ -17,8 +17,8 @@ from flax import nnx
 
 from lumina.architecture import capacity, depth_capacity_at, layer_kinds
 from lumina.config import Config, ModelConfig, load
-from lumina.data import TokenStream
 from lumina.data.rows import EMPTY, Batches, Rows, RowSet
+from lumina.data.shards import TokenStream
 from lumina.errors import DataError, UsageError
 from lumina.generation import Sampling
 from lumina.interchange.state import backend_of

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from lumina.config import Config
-from lumina.data import Corpus
+from lumina.data.corpus import Corpus
 from lumina.runs.directory import RunDirectory
 from lumina.runs.routing_text import HeldOut
 from lumina.runs.text import rows_of

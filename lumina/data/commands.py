@@ -1,7 +1,9 @@
-"""`lumina data`: what can be done with data, each in a module of its own that adds its options and tells what it found."""
+"""`lumina data`: what can be done with data, each in a module of its own, which is loaded when it runs."""
 
 import argparse
 import importlib
+
+from lumina.data import options
 
 ACTIONS = {  # name -> module and what it does
     "prepare": ("preparing.directory", "files, directories or datasets -> a directory of token shards to train on"),
@@ -20,6 +22,9 @@ def add(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     parsers = {name: actions.add_parser(name, help=about) for name, (_, about) in ACTIONS.items()}
     if arguments and arguments[0] in ACTIONS:
-        module = importlib.import_module(f"lumina.data.{ACTIONS[arguments[0]][0]}")
-        module.add(parsers[arguments[0]])
-        parsers[arguments[0]].set_defaults(run=module.tell)
+        getattr(options, arguments[0])(parsers[arguments[0]])
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    importlib.import_module(f"lumina.data.{ACTIONS[arguments.action][0]}").tell(arguments)

@@ -1,4 +1,4 @@
-"""Documents -> token shards -> rows -> batches.
+"""The corpus of each source that a config names.
 
 `prepare_all` finds or makes the corpus of each source that a config names. What it makes is kept in a cache keyed by content:
 the same records, tokenizer and split are found again; anything else is made anew.
@@ -22,16 +22,12 @@ from lumina.data.preparing.pipeline import Order, fill, require_fits, told, trai
 from lumina.data.reading.readers import Plan, plan, read
 from lumina.data.recipe import Recipe
 from lumina.data.records import PREFERENCE, Document
-from lumina.data.rows import Batches, Rows
-from lumina.data.shards import TokenStream
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.lock import is_locked
 from lumina.stages import first_source
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
-
-__all__ = ["Batches", "Corpus", "Rows", "TokenStream", "held_out_texts", "prepare_all"]
 
 Say = Callable[[str], None]
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from lumina.config import DataConfig
-from lumina.data import held_out_texts
 from lumina.data.rows import segments_and_positions
+from lumina.data.sources import held_out_texts
 from lumina.errors import DataError, UsageError
 from lumina.interchange.compare import Distance, Routing, verdict, weights_that_differ
 from lumina.interchange.exporting import appearing, here, require_new

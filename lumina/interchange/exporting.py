@@ -18,7 +18,7 @@ import numpy as np
 from lumina.architecture import layer_kinds
 from lumina.config import TOKENIZER, Config, DataConfig, save
 from lumina.conversation import TEMPLATES
-from lumina.data import held_out_texts
+from lumina.data.sources import held_out_texts
 from lumina.errors import CheckpointError, DataError, UsageError
 from lumina.interchange import huggingface, safe_tensors, tokenizer_json, verify
 from lumina.runs.steps import sync_directory

@@ -15,7 +15,7 @@ import numpy as np
 
 from lumina.architecture import layer_kinds
 from lumina.config import Config
-from lumina.data import Corpus
+from lumina.data.corpus import Corpus
 from lumina.errors import CheckpointError, ConfigError, DataError, LuminaError, UsageError
 from lumina.runs import library
 from lumina.runs.console import printable

@@ -10,10 +10,11 @@ import numpy as np
 
 from lumina.config import Config, DataConfig
 from lumina.conversation import loss_weights, named
-from lumina.data import Corpus, prepare_all
+from lumina.data.corpus import Corpus
 from lumina.data.mixture import Course, Leg, Table, Turns
 from lumina.data.packing import FORMAT, kept, plan
 from lumina.data.rows import Batches, PackedRows, Rows, RowSet
+from lumina.data.sources import prepare_all
 from lumina.errors import ConfigError, DataError
 from lumina.runs.directory import RunDirectory
 from lumina.stages import Stage, sources, stages
@@ -41,7 +42,7 @@ def open_corpora(config: Config, progress: Callable[[str], None]) -> dict[str, C
     """The corpora of all stages by source, from the cache or prepared now.
 
     Raises:
-        ConfigError: there is no such template or weight of a role; and as `lumina.data.prepare_all`.
+        ConfigError: there is no such template or weight of a role; and as `lumina.data.sources.prepare_all`.
     """
     try:
         named(config.data.template), loss_weights(config.data.loss_weights)

@@ -2,7 +2,7 @@
 
 import json
 
-from lumina.data import prepare_all
+from lumina.data.sources import prepare_all
 
 WORDS = ["add", "sort", "find", "join", "move", "read", "scale", "shift", "split", "sum", "trim", "mix"]
 

@@ -9,6 +9,7 @@ import pytest
 from lumina import cli
 from lumina.architecture import counts
 from lumina.config import load
+from lumina.data.commands import ACTIONS
 from lumina.errors import UsageError
 from lumina.footprint import footprint
 
@@ -19,7 +20,16 @@ def lumina(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "lumina.cli", *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["sample", "--help"], ["params", "debug"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["sample", "--help"],
+        ["params", "debug"],
+        ["data", "--help"],
+        *(["data", action, "--help"] for action in ACTIONS),
+    ],
+)
 def test_help_and_counting_import_nothing_heavy(arguments):
     code = f"""
 import sys, lumina.cli
@@ -32,6 +42,7 @@ print(sorted(sys.modules), file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.strip(" '[]").split(".")[0] for name in done.stderr.split(",")}
     assert not loaded & HEAVY
+    assert "'lumina.data.reading" not in done.stderr
     assert done.stdout
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from lumina.conversation import TEMPLATES
 from lumina.data.corpus import FORMAT, MANIFEST, ORDER, SIDES, TOKENIZER, WORK, KindsError, is_prepared, kind_of, kinds_told
+from lumina.data.options import HELD_OUT, SAMPLE_MB, VOCAB_SIZE
 from lumina.data.preparing.merge import between
 from lumina.data.preparing.pipeline import REJECTS, SHARDS, Order, fill, save_whole, train_tokenizer
 from lumina.data.preparing.tokenise import Account, cleaned
 from lumina.data.reading.readers import Plan, plan, spool
-from lumina.data.recipe import add_recipe, recipe_of
+from lumina.data.recipe import recipe_of
 from lumina.data.records import with_what_works
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, table
@@ -32,32 +33,6 @@ from lumina.tokenizer_files import load_tokenizer
 
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
-
-HELD_OUT, VOCAB_SIZE, SAMPLE_MB = 0.02, 32_768, 500.0  # where nothing is said
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="what to make; the same command goes on")
-    parser.add_argument(
-        "--tokenizer", default="bpe", help="bpe, trained on the sources; gpt2, cl100k_base, o200k_base, a file, or a directory"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, help=f"ids of bpe (default: {VOCAB_SIZE:,}, or as many as a smaller text is enough for)"
-    )
-    parser.add_argument("--tokenizer-sample-mb", type=float, help=f"text that bpe is trained on (default: {SAMPLE_MB:g})")
-    parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
-    parser.add_argument(
-        "--held-out",
-        type=float,
-        help=f"fraction kept for evaluation (default: {HELD_OUT}, or one that few documents have on both sides)",
-    )
-    parser.add_argument("--max-bad", type=float, default=0.5, help="stop above this share of rejected records (default: 0.5)")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core; 0: this one)")
-    parser.add_argument("--engine", choices=("local", "ray"), default="local", help="where units are made (default: local)")
-    parser.add_argument("--json", action="store_true", help="the manifest's counts as one JSON object on stdout")
-    add_recipe(parser)
 
 
 def tell(arguments: argparse.Namespace) -> None:

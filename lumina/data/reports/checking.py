@@ -16,7 +16,7 @@ from lumina.data.corpus import kind_of
 from lumina.data.preparing.pipeline import Say, bad_records
 from lumina.data.reading.readers import plan, spool
 from lumina.data.reading.streams import called
-from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
+from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, recipe_of
 from lumina.data.records import TEXT, Document, Turn, with_what_works
 from lumina.data.reports.scoring import score
 from lumina.data.reports.statistics import five_numbers, languages, most_first
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
 SHOWN_CHARACTERS = 600  # of a sample
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lumina data check`."""
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="look at the first N records (default: at all)")
-    parser.add_argument(
-        "--tokenizer", default="", help="render the samples and count tokens with it, such as gpt2 or a directory"
-    )
-    parser.add_argument("--template", default="lumina", help="of conversations: lumina, chatml, instruct or chat")
-    parser.add_argument(
-        "--max-bad", type=float, default=0.5, help="unusable above this share of rejected records (default: 0.5)"
-    )
-    parser.add_argument("--json", action="store_true", help="all of it as one JSON object on stdout")
-    add_recipe(parser)
 
 
 def tell(arguments: argparse.Namespace) -> None:

@@ -45,12 +45,6 @@ CURVE_POINTS = 64
 MOST_TURNS = 20  # conversations with more share a bar
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lumina data report`."""
-    parser.add_argument("directory", type=Path, metavar="DIR", help="a prepared directory")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: DIR/report.html)")
-
-
 def tell(arguments: argparse.Namespace) -> None:
     """Make the page, and print where it is.
 

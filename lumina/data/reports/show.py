@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEMPLATES, TEXT, loss_weights, named, render
+from lumina.conversation import CODES, DEFAULT_LOSS_WEIGHTS, NONE, TEXT, loss_weights, named, render
 from lumina.data.preparing.tokenise import Account, after_steps
 from lumina.data.reading.readers import plan, read, spool
 from lumina.data.reading.streams import called
-from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, add_recipe, recipe_of
+from lumina.data.recipe import AMONG_DOCUMENTS, Recipe, recipe_of
 from lumina.data.records import PREFERENCE, Document, Reject, Turn, with_what_works
 from lumina.errors import DataError, UsageError
 from lumina.tokenizer import CONTROL_TOKENS, Tokenizer, train_bpe
@@ -29,30 +29,11 @@ NAMES = {NONE: "none", TEXT: "text"} | {code: role for role, code in CODES.items
 GREY, GREEN, YELLOW, PLAIN = "\x1b[90m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 
-def add(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
-    parser.add_argument(
-        "file", metavar="FILE", help="or another source: -, a directory, a glob, stdlib, docstrings, preferences"
-    )
-    parser.add_argument("--record", type=int, default=1, metavar="N", help="which one, rejected ones counted (default: 1)")
-    parser.add_argument("--template", default="lumina", help=f"of conversations: {', '.join(TEMPLATES)} (default: lumina)")
-    parser.add_argument(
-        "--tokenizer", default="", help="as in training; without one, a small one is trained on the first records"
-    )
-    parser.add_argument(
-        "--loss-weights",
-        default=DEFAULT_LOSS_WEIGHTS,
-        help=f"of roles, as assistant=1.5,user=1 (default: {DEFAULT_LOSS_WEIGHTS})",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    add_recipe(parser)
-
-
 def tell(arguments: argparse.Namespace) -> None:
     """Print the record. Raises UsageError, ConfigError and DataError for what cannot be."""
     if arguments.record < 1:
         raise UsageError(f"--record {arguments.record}: the first is 1")
-    weights, form = loss_weights(arguments.loss_weights), named(arguments.template)
+    weights, form = loss_weights(arguments.loss_weights or DEFAULT_LOSS_WEIGHTS), named(arguments.template)
     recipe = recipe_of(arguments)
     with tempfile.TemporaryDirectory(prefix="lumina-show-") as directory:
         source = str(spool(sys.stdin.buffer, directory)) if arguments.file == "-" else arguments.file

@@ -20,7 +20,7 @@ from lumina.data.extras import need
 from lumina.data.preparing.pipeline import Order, Say, require_unchanged, save_whole, training_share, training_texts
 from lumina.data.reading.readers import plan, spool, text_bytes
 from lumina.data.reading.streams import called
-from lumina.data.recipe import add_recipe, recipe_of
+from lumina.data.recipe import recipe_of
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console, printable, table
 from lumina.runs.units import decimal_bytes
@@ -28,40 +28,12 @@ from lumina.runs.units import decimal_bytes
 if TYPE_CHECKING:
     from lumina.tokenizer import Tokenizer
 
-VOCAB_SIZE, HELD_OUT = 32_768, 0.02
 SAMPLE_MB = {"bpe": 500.0, "sentencepiece": 50.0}  # SentencePiece takes 4 s of a core and 25 MB of memory for each MB
 COMPARED_BYTES = 16 * 2**20  # of held-out text
 BATCH = 1024  # texts encoded at once
 REPORT = "comparison.json"
 # Larger lines are cut: the trainer leaves out what is longer than it expects. Threads decide the order of its sums.
 SENTENCE_CHARACTERS, SENTENCE_BYTES, THREADS = 4096, 4 * 4096, 8
-
-
-def add(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `lumina data tokenizer`."""
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="file, directory, glob, -, hf:NAME, stdlib, ...")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the tokenizer is saved")
-    parser.add_argument(
-        "--kind", choices=tuple(SAMPLE_MB), default="bpe", help="byte-level BPE, or SentencePiece's unigram model"
-    )
-    parser.add_argument(
-        "--vocab-size", type=int, default=VOCAB_SIZE, help=f"ids, control tokens included (default: {VOCAB_SIZE:,})"
-    )
-    parser.add_argument(
-        "--min-frequency", type=int, default=0, metavar="N", help="leave out merges of bpe that the sample has less often"
-    )
-    parser.add_argument("--sample-mb", type=float, help="text to train on (default: 500; 50 of sentencepiece, which is slow)")
-    parser.add_argument("--template", default="lumina", help="whose control tokens it gets: lumina, chatml, instruct or chat")
-    parser.add_argument("--held-out", type=float, default=HELD_OUT, help=f"fraction to compare on (default: {HELD_OUT})")
-    parser.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="TOKENIZER",
-        help="another one to compare with, as --tokenizer in training: a directory, a file, a name; may be given several times",
-    )
-    parser.add_argument("--json", action="store_true", help="the comparison as one JSON object on stdout")
-    add_recipe(parser)
 
 
 def tell(arguments: argparse.Namespace) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from lumina.config import DataConfig
-from lumina.data import Batches, Rows
 from lumina.data.loader import AHEAD, prefetch
+from lumina.data.rows import Batches, Rows
 from lumina.errors import DataError
 from tests.lumina.corpora import corpus_of
 from tests.waiting import GIVES_UP, until
@@ -133,7 +133,8 @@ def test_data_needs_no_backend(tmp_path):
     code = """
 import sys
 from lumina.config import DataConfig
-from lumina.data import Batches, Rows, prepare_all
+from lumina.data.rows import Batches, Rows
+from lumina.data.sources import prepare_all
 (corpus,) = prepare_all(["synthetic"], DataConfig(cache_dir=sys.argv[1], sequence_length=32), 300, str)
 Batches(Rows(corpus.train, 32, corpus.document_end_id), 2, 0).batch(0)
 print(sorted({"jax", "flax", "torch", "grain"} & set(sys.modules)))

@@ -399,7 +399,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_makes_is_no
     held = os.open(living, os.O_RDONLY)
     fcntl.flock(held, fcntl.LOCK_EX)
     now = time.time()
-    monkeypatch.setattr("lumina.data.time.time", lambda: now + 120)
+    monkeypatch.setattr("lumina.data.sources.time.time", lambda: now + 120)
     corpus_of(config(tmp_path, texts_file(tmp_path, some_texts(50)), held_out=0.3), BYTES)
     assert living.is_dir()
     assert not dead.exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from lumina.config import Config, DataConfig, OptimConfig, TrainConfig, validate
-from lumina.data import held_out_texts
+from lumina.data.sources import held_out_texts
 from lumina.interchange.exporting import write_canonical
 from lumina.interchange.state import State
 from lumina.tokenizer import train_bpe

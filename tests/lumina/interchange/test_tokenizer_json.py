@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from lumina.config import DataConfig
 from lumina.conversation import ROLES, TEMPLATES, render
-from lumina.data import held_out_texts
 from lumina.data.records import Turn
+from lumina.data.sources import held_out_texts
 from lumina.errors import DataError
 from lumina.interchange import tokenizer_json
 from lumina.tokenizer import CONTROL_TOKENS, train_bpe

@@ -19,7 +19,6 @@ import pytest
 
 from lumina import cli
 from lumina.config import DataConfig
-from lumina.data import prepare_all
 from lumina.data.corpus import open_corpus
 from lumina.data.preparing import merge, tokenise
 from lumina.data.preparing.directory import _one_line, prepare_directory
@@ -27,6 +26,7 @@ from lumina.data.preparing.pipeline import Meter, Order, train_tokenizer, traini
 from lumina.data.reading import readers
 from lumina.data.recipe import Recipe
 from lumina.data.records import place
+from lumina.data.sources import prepare_all
 from lumina.errors import ConfigError, DataError, UsageError
 from lumina.runs.console import Console
 from lumina.runs.lock import RunLock
