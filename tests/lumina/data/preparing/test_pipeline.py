@@ -187,7 +187,7 @@ def test_training_refuses_preferences_before_it_reads_them(tmp_path, source, mon
     if source == "prepared":
         prepare(tmp_path / "prepared", path)
     spec = source if source == "preferences" else str(tmp_path / source)
-    monkeypatch.setattr("lumina.data.train_tokenizer", None)
+    monkeypatch.setattr("lumina.data.sources.train_tokenizer", None)
     data = DataConfig(cache_dir=str(tmp_path / "cache"))
     with pytest.raises(DataError, match=f"^{spec}: holds preferences, chosen and rejected; training needs texts"):
         prepare_all(["synthetic", spec], data, 16, lambda line: None)
