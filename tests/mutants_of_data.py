@@ -1,494 +1,17 @@
-"""The mistakes of `make mutants` in data: from files of any form to the rows of a step, and what is told on the way."""
+"""The mistakes of `make mutants` in prepared data: the rows of a step, and what is told on the way."""
 
 from mutant import Mutant
 
-CONVERSATION, TOKENIZER_FILES, STAGES = (
-    f"lumina/test_{name}.py::test" for name in ("conversation", "tokenizer_files", "stages")
-)
-PACKING, MIXTURE = (f"lumina/data/test_{name}.py::test" for name in ("packing", "mixture"))
-SHINGLES, DUPLICATES, STEPS, LANGUAGE, QUALITY, DECONTAMINATION = (
-    f"lumina/data/cleaning/test_{name}.py::test"
-    for name in ("shingles", "duplicates", "steps", "language", "quality", "decontamination")
-)
-PIPELINE = "lumina/data/preparing/test_pipeline.py::test"
-CONVERSATIONS, TREES, DOCSTRINGS, READERS, STREAMS, JSON_VALUES, TABLES = (
-    f"lumina/data/reading/test_{name}.py::test"
-    for name in ("conversations", "trees", "docstrings", "readers", "streams", "json_values", "tables")
-)
+ROWS, PACKING, MIXTURE = (f"lumina/data/test_{name}.py::test" for name in ("rows", "packing", "mixture"))
+STAGES = "lumina/test_stages.py::test"
+TEXT, REPORT = (f"lumina/runs/test_{name}.py::test" for name in ("text", "report"))
 TOKENIZERS, SHOW, CHECKING, REPORT_PAGE = (
     f"lumina/data/reports/test_{name}.py::test" for name in ("tokenizers", "show", "checking", "report_page")
 )
-TEXT, REPORT, HEALTH = (f"lumina/runs/test_{name}.py::test" for name in ("text", "report", "health"))
-STAGED, HOSTS = (f"lumina_jax/test_{name}.py::test" for name in ("stages", "hosts"))
+STAGED = "lumina_jax/test_stages.py::test"
 
 DATA = [
-    # --------------------------------------------------------------------------------------- conversations as token ids
-    Mutant(
-        "headers are learned",
-        "lumina/conversation.py",
-        "+ 1 - (len(frame.prompted) if",
-        "+ 1 - (0 if",
-        f"{CONVERSATION}_each_token_is_of_who_says_it",
-    ),
-    Mutant(
-        "ends of turns are not learned",
-        "lumina/conversation.py",
-        "[CODES[role]] * own",
-        "[CODES[role]] * (own - 1) + [NONE]",
-        f"{CONVERSATION}_each_token_is_of_who_says_it",
-    ),
-    Mutant(
-        "every header is that of the first turn",
-        "lumina/conversation.py",
-        "ids += frame.headers(not ids)[role]",
-        "ids += frame.headers(True)[role]",
-        f"{CONVERSATION}_the_layout_of_each_template",
-    ),
-    Mutant(
-        "a text encoded apart from its lead",
-        "lumina/conversation.py",
-        "encode(form.lead + text)",
-        "encode(form.lead) + tokenizer.encode(text)",
-        "lumina/interchange/test_tokenizer_json.py::test_each_template_gives_every_text_the_ids_of_render",
-    ),
-    Mutant(
-        "documents that are texts are not learned",
-        "lumina/conversation.py",
-        "    weights[TEXT] = 1\n",
-        "",
-        f"{CONVERSATION}_loss_weights_are_by_role_and_text_is_always_learned",
-    ),
-    Mutant(
-        "a control token inside of a turn is read over",
-        "lumina/conversation.py",
-        "control.intersection(said)",
-        "control.intersection([])",
-        f"{CONVERSATION}_what_is_no_conversation_is_not_read_as_one",
-    ),
-    Mutant(
-        "templates kept for whichever tokenizer comes first",
-        "lumina/conversation.py",
-        "(tokenizer.fingerprint, template)",
-        '("", template)',
-        f"{CONVERSATION}_what_is_rendered_can_be_read_back",
-    ),
-    Mutant(
-        "Jinja lets the control tokens of a template through",
-        "lumina/conversation.py",
-        "map(_quoted, control)",
-        "map(_quoted, CONTROL_TOKENS)",
-        f"{CONVERSATION}_jinja_refuses_a_message_that_spells_any_control_token_of_the_tokenizer",
-    ),
-    Mutant(
-        "further control tokens left out of the fingerprint",
-        "lumina/tokenizer.py",
-        "kind, self._control, decides",
-        "kind, CONTROL_TOKENS, decides",
-        f"{TOKENIZER_FILES}_further_control_tokens_come_last_and_change_no_other_id",
-    ),
-    Mutant(
-        "further control tokens of a saved tokenizer lost",
-        "lumina/tokenizer_files.py",
-        "[*control[len(CONTROL_TOKENS) :], *more]",
-        "[*more]",
-        f"{TOKENIZER_FILES}_a_saved_tokenizer_can_be_given_further_control_tokens",
-    ),
-    Mutant(
-        "the template is not exported",
-        "lumina/interchange/exporting.py",
-        "positions, config.data.template)",
-        "positions)",
-        "lumina/interchange/test_export.py::test_the_template_of_the_run_is_exported",
-    ),
-    # ---------------------------------------------------------------------------------------------------------- reading
-    Mutant(
-        "a conversation may end with a question",
-        "lumina/data/reading/turns.py",
-        'spoken[-1] == "user":',
-        'spoken[-1] == "":',
-        f"{CONVERSATIONS}_a_record_that_is_nothing_has_a_kind",
-    ),
-    Mutant(
-        "chosen and rejected change places",
-        "lumina/data/reading/conversations.py",
-        "turns=chosen, rejected=rejected)",
-        "turns=rejected, rejected=chosen)",
-        f"{CONVERSATIONS}_a_preference_of_each_form",
-    ),
-    Mutant(
-        "the worst reply of a tree is taken",
-        "lumina/data/reading/trees.py",
-        "(each.rank, -each.labels)",
-        "(-each.rank, -each.labels)",
-        f"{TREES}_the_best_path_is_of_ranks_then_labels_then_order",
-    ),
-    Mutant(
-        "deleted replies of a tree are taken",
-        "lumina/data/reading/trees.py",
-        "if each and not each.deleted and each.text.strip()]",
-        "if each and each.text.strip()]",
-        f"{TREES}_the_best_path_is_of_ranks_then_labels_then_order",
-    ),
-    Mutant(
-        "one conversation of a tree too many",
-        "lumina/data/reading/trees.py",
-        "path = [] if 0 < most <= taken",
-        "path = [] if 0 < most < taken",
-        f"{TREES}_no_more_conversations_than_asked_for_are_taken",
-    ),
-    Mutant(
-        "a right docstring is rejected",
-        "lumina/data/reading/docstrings.py",
-        "by_length[other].text != own:",
-        "True:",
-        f"{DOCSTRINGS}_preferences_reject_another_answer_to_the_same_question",
-    ),
-    Mutant(
-        "a question shows the docstring it asks for",
-        "lumina/data/reading/docstrings.py",
-        ": docstring.lineno - 1]",
-        ": docstring.end_lineno]",
-        f"{DOCSTRINGS}_definitions_are_functions_methods_and_classes_with_what_they_say",
-    ),
-    Mutant(
-        "a line that a unit ends with is read by the next, too",
-        "lumina/data/reading/streams.py",
-        "    while not size or read < size:",
-        "    while not size or read <= size:",
-        f"{READERS}_lines_cut_in_units_of_any_size_are_those_of_one_unit",
-    ),
-    Mutant(
-        "lines of a unit are counted without the chunk's end",
-        "lumina/data/reading/readers.py",
-        '        line += chunk.count(b"\\n", counted)\n',
-        "",
-        f"{READERS}_lines_cut_in_units_of_any_size_are_those_of_one_unit",
-    ),
-    Mutant(
-        "a line that is too large is read again from its middle",
-        "lumina/data/reading/streams.py",
-        '            while rest and not rest.endswith(b"\\n"):',
-        '            if rest and not rest.endswith(b"\\n"):',
-        f"{STREAMS}_a_long_line_is_never_held_whole",
-    ),
-    Mutant(
-        "a compressed file that is cut is whole",
-        "lumina/data/reading/streams.py",
-        "    if not ends_whole:\n",
-        "    if not ends_whole and decoder is None:\n",
-        f"{STREAMS}_a_stream_that_is_cut_anywhere_gives_what_came_before_and_says_so",
-    ),
-    Mutant(
-        "the second stream of a compressed file is dropped",
-        "lumina/data/reading/streams.py",
-        "                chunk, decoder, ends_whole = decoder.unused_data, None, True",
-        "                decoder, ends_whole = None, True",
-        f"{STREAMS}_streams_in_a_row_are_read_as_one",
-    ),
-    Mutant(
-        "the half of a line before damage is a record",
-        "lumina/data/reading/formats.py",
-        '            if not line.endswith(b"\\n") and stream.damage():\n                break\n',
-        "",
-        f"{READERS}_the_torture_folder_is_accounted_for_to_the_record",
-    ),
-    Mutant(
-        "damage of a compressed file is not told",
-        "lumina/data/reading/formats.py",
-        '            yield Reject(f"{shown_path}:{number}", damage)',
-        "            pass",
-        f"{READERS}_the_torture_folder_is_accounted_for_to_the_record",
-    ),
-    Mutant(
-        "a number at the window's end is cut",
-        "lumina/data/reading/json_values.py",
-        "                if at < len(text) or ended:",
-        "                if True:",
-        f"{JSON_VALUES}_an_array_gives_its_elements_through_a_window_of_any_size",
-    ),
-    Mutant(
-        "brackets in strings count",
-        "lumina/data/reading/json_values.py",
-        '        if character == \'"\':\n            self._place = "string"\n        elif',
-        "        if",
-        f"{JSON_VALUES}_a_broken_element_ends_where_its_brackets_do",
-    ),
-    Mutant(
-        "a JSON array without its end is whole",
-        "lumina/data/reading/json_values.py",
-        "    if in_array and not fault:",
-        "    if False:",
-        f"{JSON_VALUES}_an_array_that_ends_early_says_so_once",
-    ),
-    Mutant(
-        "a quote without an end takes the lines behind it",
-        "lumina/data/reading/tables.py",
-        "        self._ahead.extendleft(reversed(self.taken[1:]))\n        self.next_number -= len(self.taken) - 1\n",
-        "        pass\n",
-        f"{TABLES}_a_quote_without_an_end_costs_its_own_line_alone",
-    ),
-    Mutant(
-        "rows of a later Parquet group are numbered from 0",
-        "lumina/data/reading/tables.py",
-        "            first += group.num_rows\n",
-        "",
-        f"{TABLES}_rows_of_groups_are_those_of_the_whole_with_the_needed_columns_alone",
-    ),
-    Mutant(
-        "a link back to a directory is followed again",
-        "lumina/data/reading/finding.py",
-        'if real in seen else ""',
-        'if False else ""',
-        f"{READERS}_a_directory_gives_known_files_in_order_and_tells_of_the_others",
-    ),
-    Mutant(
-        "what a directory holds besides is passed over in silence",
-        "lumina/data/reading/readers.py",
-        "    if passed:\n",
-        "    if False:\n",
-        f"{READERS}_a_directory_gives_known_files_in_order_and_tells_of_the_others",
-    ),
-    Mutant(
-        "fingerprints without the format",
-        "lumina/data/reading/readers.py",
-        "        update(hashlib.sha256(tag.encode() + contents).digest())",
-        "        update(hashlib.sha256(contents).digest())",
-        f"{READERS}_the_fingerprint_is_of_contents_their_order_and_formats_wherever_they_lie",
-    ),
-    Mutant(
-        "a data set's test split is trained on",
-        "lumina/data/reading/huggingface.py",
-        '    return by_split[split], f"split',
-        '    return sum(by_split.values(), []), f"split',
-        "lumina/data/reading/test_huggingface.py::test_a_split_is_train_or_the_one_that_is_named_and_the_others_are_told_of",
-    ),
-    Mutant(
-        "lone surrogates pass",
-        "lumina/data/reading/formats.py",
-        '            return Reject(record.name, "lone surrogate", sample(source))',
-        "            pass",
-        f"{READERS}_the_torture_folder_is_accounted_for_to_the_record",
-    ),
-    # --------------------------------------------------------------------------------------------------------- cleaning
-    Mutant(
-        "runs of words whatever their order",
-        "lumina/data/cleaning/shingles.py",
-        "        hashes_S *= np.uint64(_WORD)\n",
-        "",
-        f"{SHINGLES}_runs_are_equal_where_their_words_are",
-    ),
-    Mutant(
-        "words keep their case",
-        "lumina/data/cleaning/shingles.py",
-        "codes(text.lower())",
-        "codes(text)",
-        f"{SHINGLES}_words_do_not_depend_on_case_or_on_the_encoding_of_their_neighbours",
-    ),
-    Mutant(
-        "bands that were sorted are not searched",
-        "lumina/data/cleaning/duplicates.py",
-        "for entries in self._runs:",
-        "for entries in self._runs[:0]:",
-        f"{DUPLICATES}_an_answer_does_not_depend_on_when_bands_are_sorted",
-    ),
-    Mutant(
-        "candidates for near duplicates are not compared",
-        "lumina/data/cleaning/duplicates.py",
-        "/ (1 - 1 / 256) >= self._least",
-        "/ (1 - 1 / 256) >= 0",
-        f"{DUPLICATES}_answers_are_those_of_comparing_with_all_that_were_kept",
-    ),
-    Mutant(
-        "the last of several similar documents is named",
-        "lumina/data/cleaning/duplicates.py",
-        "candidates_K[similar_K.argmax()]",
-        "candidates_K[-1]",
-        f"{DUPLICATES}_the_first_of_several_similar_documents_is_named",
-    ),
-    Mutant(
-        "half of the rows that a band could have",
-        "lumina/data/cleaning/duplicates.py",
-        "range(permutations, 0, -1)",
-        "range(permutations // 2, 0, -1)",
-        f"{DUPLICATES}_bands_have_as_many_rows_as_the_threshold_allows",
-    ),
-    Mutant(
-        "bands are told apart by their number alone",
-        "lumina/data/cleaning/duplicates.py",
-        "hashes_b = np.arange(1, self._b + 1, dtype=np.uint64)",
-        "hashes_b = np.arange(1, self._b + 1, dtype=np.uint64); return hashes_b << _BITS",
-        f"{DUPLICATES}_planted_near_duplicates_are_found_above_the_threshold_and_left_below",
-    ),
-    Mutant(
-        "exact duplicates across kinds",
-        "lumina/data/cleaning/duplicates.py",
-        "json.dumps([document.kind, document.plain, ",
-        "json.dumps([document.plain, ",
-        f"{DUPLICATES}_exact_keys_tell_kinds_and_texts_apart",
-    ),
-    Mutant(
-        "mojibake of common pairs is not suspect",
-        "lumina/data/cleaning/steps.py",
-        "|[{letters}{categories['common']}][{odd}]|",
-        "|",
-        f"{STEPS}_every_pair_that_ftfy_takes_for_mojibake_is_suspect",
-    ),
-    Mutant(
-        "losses of a wrong decoding are marked",
-        "lumina/data/cleaning/steps.py",
-        "replace_lossy_sequences=False",
-        "replace_lossy_sequences=True",
-        f"{STEPS}_what_a_text_says_is_not_repaired",
-    ),
-    Mutant(
-        "joiners that spell words are removed",
-        "lumina/data/cleaning/steps.py",
-        "\\u200b\\u202a",
-        "\\u200b-\\u200d\\u202a",
-        f"{STEPS}_invisible_characters_go_but_those_that_spell",
-    ),
-    Mutant(
-        "versions are phone numbers",
-        "lumina/data/cleaning/redaction.py",
-        "(?<![\\w+/.-][(1-9])",
-        "",
-        "lumina/data/cleaning/test_redaction.py::test_ordinary_text_is_left_alone",
-    ),
-    Mutant(
-        "language of the beginning alone",
-        "lumina/data/cleaning/language.py",
-        "range(0, _SAMPLES * stride, stride)",
-        "range(0, 1)",
-        f"{LANGUAGE}_a_long_text_is_looked_at_in_several_places",
-    ),
-    Mutant(
-        "language whatever its score",
-        "lumina/data/cleaning/language.py",
-        " or probability < self._least",
-        "",
-        f"{LANGUAGE}_a_text_below_the_score_is_undetermined",
-    ),
-    Mutant(
-        "source code judged as prose",
-        "lumina/data/cleaning/quality.py",
-        'prose = measured["code"] <= CODE_SHARE',
-        "prose = True",
-        f"{QUALITY}_source_code_is_not_judged_as_prose",
-    ),
-    Mutant(
-        "English stop words asked of every language",
-        "lumina/data/cleaning/quality.py",
-        'if language == "en" and probability >= 0.5:',
-        "if language:",
-        f"{QUALITY}_texts_worth_reading_are_kept",
-    ),
-    Mutant(
-        "conversations must be as long as pages",
-        "lumina/data/cleaning/quality.py",
-        'if kind == TEXT and measured["words"]',
-        'if measured["words"]',
-        f"{QUALITY}_a_conversation_may_be_short",
-    ),
-    Mutant(
-        "first copies counted as repeats",
-        "lumina/data/cleaning/quality.py",
-        "repeats_S[order_S[starts]] = False",
-        "repeats_S[order_S[starts[:1]]] = False",
-        f"{QUALITY}_repeated_words_are_counted_as_word_by_word",
-    ),
-    Mutant(
-        "a word of an evaluation removes everything",
-        "lumina/data/cleaning/decontamination.py",
-        "len(words_W) == length if length < FEWEST else len(words_W) >= length",
-        "len(words_W) >= length",
-        f"{DECONTAMINATION}_a_word_or_two_are_found_only_where_a_document_says_nothing_else",
-    ),
-    Mutant(
-        "the map of runs is believed without a look",
-        "lumina/data/cleaning/decontamination.py",
-        "return bool((self._hashes_S[places] == likely).any())",
-        "return bool(len(likely))",
-        f"{DECONTAMINATION}_many_texts_that_share_nothing_are_kept",
-    ),
-    # -------------------------------------------------------------------------------------------------------- preparing
-    Mutant(
-        "the last of equal documents stays",
-        "lumina/data/preparing/merge.py",
-        "order[begins][np.cumsum(begins) - 1]",
-        "order[np.roll(begins, -1)][np.cumsum(begins) - 1]",
-        f"{PIPELINE}_of_equal_documents_the_first_stays",
-    ),
-    Mutant(
-        "turns placed as if all were in the first document",
-        "lumina/data/preparing/merge.py",
-        "begins[of - first]",
-        "begins[0]",
-        f"{PIPELINE}_turns_and_roles_of_conversations_are_where_the_index_says",
-    ),
-    Mutant(
-        "a rejected answer begins where its pair ends",
-        "lumina/data/preparing/merge.py",
-        "begins[1:][chosen] - rejected",
-        "begins[1:][chosen]",
-        f"{PIPELINE}_preferences_are_pairs_of_documents",
-    ),
-    Mutant(
-        "held-out documents trained on and the others held out",
-        "lumina/data/preparing/merge.py",
-        "(keep & ~out, keep & out)",
-        "(keep & out, keep & ~out)",
-        f"{PIPELINE}_the_index_cuts_the_streams_into_the_documents_in_order",
-    ),
-    Mutant(
-        "texts before the first conversation have no roles",
-        "lumina/data/preparing/tokenise.py",
-        "_of_text(self.tokens)",
-        "_of_text(0)",
-        f"{PIPELINE}_turns_and_roles_of_conversations_are_where_the_index_says",
-    ),
-    Mutant(
-        "a unit that is made is made again",
-        "lumina/data/preparing/tokenise.py",
-        "    if directory.is_dir():\n        return read_account(directory)\n",
-        "",
-        f"{PIPELINE}_what_is_done_is_not_done_again",
-    ),
-    Mutant(
-        "a source may change while shards are written",
-        "lumina/data/preparing/pipeline.py",
-        "    require_unchanged(order, planned)\n    account = Account()",
-        "    account = Account()",
-        f"{PIPELINE}_a_source_that_changes_until_the_shards_are_written_is_refused",
-    ),
-    Mutant(
-        "a source may change while a tokenizer is trained",
-        "lumina/data/preparing/pipeline.py",
-        "        require_unchanged(order, planned)\n    return tokenizer",
-        "        pass\n    return tokenizer",
-        "lumina/data/test_shards.py::test_a_source_that_changes_while_it_is_read_is_refused",
-    ),
-    Mutant(
-        "the manifest is the first to appear",
-        "lumina/data/preparing/pipeline.py",
-        "path.name == MANIFEST)",
-        "path.name != MANIFEST)",
-        f"{PIPELINE}_a_stop_at_any_point_goes_on_to_the_same_bytes",
-    ),
-    Mutant(
-        "samples of the last units",
-        "lumina/data/preparing/pipeline.py",
-        "for _, path in units:",
-        "for _, path in reversed(units):",
-        f"{PIPELINE}_the_rejects_that_are_named_are_the_first_of_their_kind",
-    ),
-    Mutant(
-        "a tokenizer is trained on held-out texts",
-        "lumina/data/preparing/pipeline.py",
-        "if where >= least and (where - least)",
-        "if where >= 0 and (where - least)",
-        f"{TOKENIZERS}_compression_is_counted_on_the_held_out_texts_alone",
-    ),
-    # ------------------------------------------------------------------------------------------------- packing and rows
+    # ------------------------------------------------------------------------------------------------------- packing and rows
     Mutant(
         "a question is not kept with its answer",
         "lumina/data/packing.py",
@@ -552,7 +75,28 @@ DATA = [
         "documents[of] + number * (T + 1)",
         f"{PACKING}_every_token_of_a_document_but_its_first_is_a_target_once_an_epoch",
     ),
-    # ---------------------------------------------------------------------------------------------- mixtures and stages
+    Mutant(
+        "rows that fill up an evaluation are a document",
+        "lumina/data/rows.py",
+        "        segments[numbers < 0] = EMPTY\n",
+        "",
+        f"{ROWS}_evaluation_reads_each_row_once_in_order_and_pads_with_weight_0",
+    ),
+    Mutant(
+        "what is left empty is in the first document",
+        "lumina/data/rows.py",
+        "np.full((n, T), EMPTY, np.int32)",
+        "np.zeros((n, T), np.int32)",
+        f"{PACKING}_pieces_stay_within_documents_and_have_segments_and_positions_of_their_own",
+    ),
+    Mutant(
+        "training takes packed rows in the order of their size",
+        "lumina/data/packing.py",
+        "seed=0, epoch=-1)",
+        "seed=0, epoch=0)",
+        f"{PACKING}_rows_come_in_no_order_of_size",
+    ),
+    # ---------------------------------------------------------------------------------------------------- mixtures and stages
     Mutant(
         "sources share an order",
         "lumina/data/mixture.py",
@@ -602,7 +146,28 @@ DATA = [
         "T = longest",
         f"{STAGES}_stages_have_steps_lengths_and_mixtures_and_the_last_takes_the_rest",
     ),
-    # ------------------------------------------------------------------------------------------ runs over prepared data
+    Mutant(
+        "a file's stages outlive a flag's source",
+        "lumina/stages.py",
+        'elif flags & {"data.source", "data.mode"}:',
+        'elif flags & {"data.mode"}:',
+        f"{STAGES}_a_flag_has_the_last_word_on_what_is_read",
+    ),
+    Mutant(
+        "a run of its own on a flag's source is on that alone",
+        "lumina/stages.py",
+        'if from_another and "data.source" in flags',
+        'if "data.source" in flags',
+        f"{STAGES}_a_flag_has_the_last_word_on_what_is_read",
+    ),
+    Mutant(
+        "rows of one length counted as read again",
+        "lumina/data/mixture.py",
+        "if its_source == source and other != number:",
+        "if its_source == source:",
+        f"{MIXTURE}_a_source_that_goes_on_in_rows_of_one_length_reads_nothing_again",
+    ),
+    # ------------------------------------------------------------------------------------------------ runs over prepared data
     Mutant(
         "a plan of tokens that are gone",
         "lumina/runs/text.py",
@@ -687,7 +252,7 @@ DATA = [
         "[config.data.sequence_length]",
         f"{STAGES}_every_length_must_divide_over_the_mesh",
     ),
-    # ---------------------------------------------------------------------------------------------------------- reports
+    # ---------------------------------------------------------------------------------------------------------------- reports
     Mutant(
         "the end of a document is shown as learned",
         "lumina/data/reports/show.py",
@@ -827,48 +392,5 @@ DATA = [
         "range(0, len(line), SENTENCE_CHARACTERS)",
         "range(0, len(line), 2**20)",
         f"{TOKENIZERS}_sentencepiece_takes_lines_of_any_length",
-    ),
-    # ----------------------------------------------------------------------------------- one that hangs, one that fails
-    Mutant(
-        "Ctrl-Z is counted as a hang",
-        "lumina/runs/health.py",
-        'hang."""\n        faulthandler.cancel_dump_traceback_later()\n',
-        'hang."""\n',
-        f"{HEALTH}_the_time_of_ctrl_z_until_fg_is_no_hang",
-    ),
-    Mutant(
-        "nothing is counted after fg",
-        "lumina/runs/health.py",
-        "        if self._counts:\n            self.alive()",
-        "        return",
-        f"{HEALTH}_the_time_of_ctrl_z_until_fg_is_no_hang",
-    ),
-    Mutant(
-        "who rested at Ctrl-Z is counted after fg",
-        "lumina/runs/health.py",
-        "        if self._counts:\n            self.alive()",
-        "        self.alive()",
-        f"{HEALTH}_who_rested_at_ctrl_z_still_rests_after_fg",
-    ),
-    Mutant(
-        "who was silent is never taken back",
-        "lumina_jax/hosts.py",
-        "        else:\n            self.known.clear()",
-        "",
-        f"{HOSTS}_who_is_silent_is_told_and_taken_back_once_there_are_signs_of_life_again",
-    ),
-    Mutant(
-        "silence tells before failure why",
-        "lumina_jax/hosts.py",
-        'gone.get("failed") or gone.get("silent", "")',
-        'gone.get("silent") or gone.get("failed", "")',
-        f"{HOSTS}_the_first_to_fail_says_why_whoever_falls_silent_after_it",
-    ),
-    Mutant(
-        "the first process leaves before the others know",
-        "lumina_jax/hosts.py",
-        "if know.issuperset(",
-        "if True or know.issuperset(",
-        f"{HOSTS}_the_first_process_waits_until_the_living_know_and_for_no_other",
     ),
 ]
