@@ -83,7 +83,7 @@ DATA = [
         f"{ROWS}_evaluation_reads_each_row_once_in_order_and_pads_with_weight_0",
     ),
     Mutant(
-        "what is left empty is in the first document",
+        "what a row leaves empty is in its first document",
         "lumina/data/rows.py",
         "np.full((n, T), EMPTY, np.int32)",
         "np.zeros((n, T), np.int32)",
@@ -147,14 +147,14 @@ DATA = [
         f"{STAGES}_stages_have_steps_lengths_and_mixtures_and_the_last_takes_the_rest",
     ),
     Mutant(
-        "a file's stages outlive a flag's source",
+        "stages of a config outlive a source given as a flag",
         "lumina/stages.py",
         'elif flags & {"data.source", "data.mode"}:',
         'elif flags & {"data.mode"}:',
         f"{STAGES}_a_flag_has_the_last_word_on_what_is_read",
     ),
     Mutant(
-        "a run of its own on a flag's source is on that alone",
+        "a source given as a flag ends the mode of any run",
         "lumina/stages.py",
         'if from_another and "data.source" in flags',
         'if "data.source" in flags',

@@ -117,7 +117,7 @@ PLANS = [
         f"{EXPLAIN}_hosts_read_the_rows_of_their_devices",
     ),
     Mutant(
-        "a thousandth of a step's time decides on a mesh",
+        "times alike to two digits decide on a mesh",
         "lumina/layout.py",
         'return float(f"{self.seconds:.2g}"), self.sent,',
         "return self.seconds, self.sent,",

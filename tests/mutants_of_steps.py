@@ -82,7 +82,7 @@ STEPS = [
         f"{STEP}::test_a_tie_is_one_however_many_alternatives_there_are",
     ),
     Mutant(
-        "a load below the mean by a fraction taken for it",
+        "a load that is below the mean by a fraction is left alone",
         "lumina_jax/step.py",
         " | ((load_LA == mean_L1) & (rest_L1 > 0))",
         "",

@@ -263,7 +263,7 @@ TEXTS = [
         f"{READERS}_the_torture_folder_is_accounted_for_to_the_record",
     ),
     Mutant(
-        "expansion is measured to the end of a text",
+        "expansion is measured over any number of bytes",
         "lumina/data/reading/streams.py",
         "if own and (stored + file.tell() >= MEASURED_BYTES or ",
         "if own and (",

@@ -327,7 +327,7 @@ TORCH = [
         f"{MOE_T}_edges_in_float32_equal_the_loop_forward_and_backward",
     ),
     Mutant(
-        "PyTorch: a row without tokens divides by none",
+        "PyTorch: a row without tokens divides by zero",
         "lumina_torch/moe.py",
         ".sum(dim=-1, keepdim=True).clamp(min=1)",
         ".sum(dim=-1, keepdim=True)",
