@@ -2,6 +2,7 @@
 
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,9 @@ settings.load_profile("lumina")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A shell's & leaves SIGINT ignored, and what a test starts and interrupts would inherit that: not so of what is handled.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, lambda number, frame: None)
     if not hasattr(config, "workerinput"):  # pytest-xdist's workers inherit these, and share one cache as two trainers would
         directory = tempfile.TemporaryDirectory(prefix="lumina-tests-")
         config.add_cleanup(directory.cleanup)
