@@ -5,9 +5,11 @@ survives, or when the text to replace or the test is no longer there: then the c
 should follow.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -66,14 +68,26 @@ def plant(mutant: Mutant, directory: Path) -> str:
     file = directory / mutant.file
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(mutant.right, mutant.wrong), encoding="utf-8")
+    # What waits in vain here most likely does so for the mistake, and half an hour tells no more than ten minutes.
+    waiting = directory / "tests" / "waiting.py"
+    waiting.write_text(re.sub(r"GIVES_UP = [0-9.]+", "GIVES_UP = 600.0", waiting.read_text(encoding="utf-8")), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--tb=no", path(mutant.tests)]
     # Most of a run is compiling what the mistake does not touch: a cache serves all of them.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(directory.parent / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     environment = os.environ | cache | {"PYTHONPATH": str(directory)}
-    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode not in (0, 1):
-        raise RuntimeError(f"{mutant.name}: pytest did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    pipe = subprocess.PIPE
+    # A session of its own, so that what a mistake leaves running ends with it.
+    with subprocess.Popen(
+        command, cwd=directory, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    ) as run:
+        try:
+            out, errors = run.communicate()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+    if run.returncode not in (0, 1):
+        raise RuntimeError(f"{mutant.name}: pytest did not run\n{out[-2000:]}{errors[-2000:]}")
+    failed = re.search(r"^(?:FAILED|ERROR) (\S+)", out, re.MULTILINE)
     return failed.group(1) if failed else ""
 
 
