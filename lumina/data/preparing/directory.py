@@ -158,7 +158,12 @@ def prepare_directory(
                 shutil.rmtree(left, ignore_errors=True)
         made = _tokenizer(order, planned, loaded, vocab_size, sample, work, console)
         replace_file(work / ORDER, lambda path: path.write_text(json.dumps(identity, indent=2) + "\n", encoding="utf-8"))
-        return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+        try:
+            return fill(order, planned, made, out, workers, engine, console.status, identity, max_bad)
+        except KindsError:  # of these sources nothing can come
+            for left in (work, out / SHARDS):
+                shutil.rmtree(left, ignore_errors=True)
+            raise
 
 
 @contextmanager
@@ -195,10 +200,6 @@ def _locked(out: Path) -> Iterator[Path]:
     except KeyboardInterrupt:
         if (work / ORDER).is_file():
             raise KeyboardInterrupt(f"{out}: the same command goes on with what is done") from None
-        raise
-    except KindsError:  # of these sources nothing can come
-        for left in (work, out / SHARDS):
-            shutil.rmtree(left, ignore_errors=True)
         raise
     finally:
         if not (work / ORDER).is_file():

@@ -19,7 +19,7 @@ import pytest
 
 from lumina import cli
 from lumina.config import DataConfig
-from lumina.data.corpus import open_corpus
+from lumina.data.corpus import ORDER, WORK, open_corpus
 from lumina.data.preparing import merge, tokenise
 from lumina.data.preparing.directory import _one_line, prepare_directory
 from lumina.data.preparing.pipeline import Meter, Order, train_tokenizer, training_share, training_texts
@@ -170,6 +170,12 @@ def test_preferences_with_others_are_refused(tmp_path):
     with pytest.raises(DataError, match=rf"{seen} .*cannot be prepared together with others; prepare them apart, each with"):
         prepare(tmp_path / "out", path)
     assert not (tmp_path / "out").exists()
+    begun = tmp_path / "begun" / WORK / ORDER  # of other sources, for hours
+    begun.parent.mkdir(parents=True)
+    begun.write_text("{}")
+    with pytest.raises(DataError, match=seen):
+        prepare(tmp_path / "begun", path)
+    assert begun.exists()
 
 
 def test_preferences_that_are_seen_late_leave_nothing_behind(tmp_path):
