@@ -167,6 +167,20 @@ DATA = [
         "if its_source == source:",
         f"{MIXTURE}_a_source_that_goes_on_in_rows_of_one_length_reads_nothing_again",
     ),
+    Mutant(
+        "a flag that would not be read is passed over",
+        "lumina/stages.py",
+        'if unread := sorted(given - read - {"data.mode"}):',
+        "if unread := []:",
+        f"{STAGES}_a_flag_that_would_not_be_read_is_refused",
+    ),
+    Mutant(
+        "a source named for a new run loses the mode",
+        "lumina/stages.py",
+        'if flags >= {"checkpoint.init_from", "data.source"} and',
+        'if "data.source" in flags and',
+        f"{STAGES}_a_run_that_goes_on_keeps_its_mode",
+    ),
     # ------------------------------------------------------------------------------------------------ runs over prepared data
     Mutant(
         "a plan of tokens that are gone",
@@ -251,6 +265,13 @@ DATA = [
         "[config.data.sequence_length, *lengths(config)]",
         "[config.data.sequence_length]",
         f"{STAGES}_every_length_must_divide_over_the_mesh",
+    ),
+    Mutant(
+        "the fingerprint is without how rows are packed",
+        "lumina/runs/text.py",
+        "*packed.items()])",
+        "])",
+        f"{TEXT}_the_fingerprint_is_of_all_sources",
     ),
     # ---------------------------------------------------------------------------------------------------------------- reports
     Mutant(

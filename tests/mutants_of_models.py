@@ -74,6 +74,13 @@ MODELS = [
         "1 / (jnp.sqrt(jnp.mean(wide * wide, axis=-1, keepdims=True)) + self.eps)",
         ATTENTION,
     ),
+    Mutant(
+        "masks are made ahead of the loop over layers",
+        "lumina_jax/attend.py",
+        "return jax.lax.optimization_barrier((known, q_BTHh[:1, :1, :1, :1]))[0]",
+        "return known",
+        f"{STEP}::test_no_masks_are_made_ahead_of_a_loop_over_layers_and_kept_for_it",
+    ),
     # ----------------------------------------------------------------------------------------------------- Mixture-of-Experts
     Mutant(
         "top-1 gate renormalised",
@@ -194,6 +201,13 @@ MODELS = [
         "jnp.sum(share_BTA, axis=1, where=taken_BT1)",
         "jnp.sum(share_BTA, axis=1)",
         f"{MOE}::test_edges_in_float32_equal_the_loop_forward_and_backward",
+    ),
+    Mutant(
+        "a tie is one by the choices alone",
+        "lumina_jax/step.py",
+        "mean_L1 = jnp.sum(whole_LA, axis=-1, keepdims=True) + more_L1",
+        "mean_L1 = jnp.sum(load_LA, axis=-1, keepdims=True) // load_LA.shape[-1]",
+        f"{STEP}::test_a_tie_is_one_however_many_alternatives_there_are",
     ),
     # ------------------------------------------------------------------------------------------------------ Mixture-of-Depths
     Mutant(

@@ -264,4 +264,11 @@ RUNS = [
         "np.mean(sums_N)",
         f"{CERTIFY}::test_the_standard_error_is_that_of_a_ratio",
     ),
+    Mutant(
+        "a choice that knows where the text ends is passed",
+        "lumina_jax/certify.py",
+        "for other in (another, noise, nothing):",
+        "for other in (another, noise):",
+        f"{CERTIFY}::test_a_choice_that_knows_where_the_text_of_a_row_ends_is_refused",
+    ),
 ]
