@@ -18,10 +18,12 @@ from collections import Counter
 from pathlib import Path
 
 from mutant import Mutant
+from mutants_of_commands import COMMANDS
 from mutants_of_data import DATA
 from mutants_of_devices import DEVICES
 from mutants_of_models import MODELS
 from mutants_of_planning import PLANS
+from mutants_of_preparing import PREPARING
 from mutants_of_runs import RUNS
 from mutants_of_steps import STEPS
 from mutants_of_texts import TEXTS
@@ -40,7 +42,7 @@ PARTS = (
     "conftest.py",
     "pyproject.toml",
 )
-MUTANTS = [*STEPS, *MODELS, *DEVICES, *PLANS, *RUNS, *TORCH, *TEXTS, *DATA]
+MUTANTS = [*STEPS, *MODELS, *DEVICES, *PLANS, *RUNS, *TORCH, *TEXTS, *PREPARING, *DATA, *COMMANDS]
 
 
 def path(tests: str) -> str:

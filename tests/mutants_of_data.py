@@ -149,15 +149,8 @@ DATA = [
     Mutant(
         "stages of a config outlive a source given as a flag",
         "lumina/stages.py",
-        'elif flags & {"data.source", "data.mode"}:',
-        'elif flags & {"data.mode"}:',
-        f"{STAGES}_a_flag_has_the_last_word_on_what_is_read",
-    ),
-    Mutant(
-        "a source given as a flag ends the mode of any run",
-        "lumina/stages.py",
-        'if from_another and "data.source" in flags',
-        'if "data.source" in flags',
+        'if flags & {"data.source", "data.mode"}:',
+        'if flags & {"data.mode"}:',
         f"{STAGES}_a_flag_has_the_last_word_on_what_is_read",
     ),
     Mutant(
@@ -181,6 +174,20 @@ DATA = [
         'if "data.source" in flags and',
         f"{STAGES}_a_run_that_goes_on_keeps_its_mode",
     ),
+    Mutant(
+        "a stage that is written wrongly is a source",
+        "lumina/stages.py",
+        "if count is None and length is None and (meant := _MEANT.match(part.strip())):",
+        "if False and (meant := _MEANT.match(part.strip())):",
+        f"{STAGES}_what_cannot_be_is_refused_with_what_would_work",
+    ),
+    Mutant(
+        "a source that begins with a number is a stage",
+        "lumina/stages.py",
+        "[^/@.,:]|",
+        "[^@:]|",
+        f"{STAGES}_a_source_is_not_taken_for_a_stage_that_is_written_wrongly",
+    ),
     # ------------------------------------------------------------------------------------------------ runs over prepared data
     Mutant(
         "a plan of tokens that are gone",
@@ -199,9 +206,9 @@ DATA = [
     Mutant(
         "the data of a run is its first source",
         "lumina/runs/text.py",
-        "if not others:",
+        "if not others and not packed:",
         "if True:",
-        f"{TEXT}_the_fingerprint_is_of_all_sources",
+        f"{TEXT}_the_fingerprint_is_of_all_sources_and_of_how_they_are_packed",
     ),
     Mutant(
         "sources averaged",
@@ -271,7 +278,7 @@ DATA = [
         "lumina/runs/text.py",
         "*packed.items()])",
         "])",
-        f"{TEXT}_the_fingerprint_is_of_all_sources",
+        f"{TEXT}_the_fingerprint_is_of_all_sources_and_of_how_they_are_packed",
     ),
     # ---------------------------------------------------------------------------------------------------------------- reports
     Mutant(
@@ -413,5 +420,75 @@ DATA = [
         "range(0, len(line), SENTENCE_CHARACTERS)",
         "range(0, len(line), 2**20)",
         f"{TOKENIZERS}_sentencepiece_takes_lines_of_any_length",
+    ),
+    Mutant(
+        "tiles of different documents",
+        "lumina/data/reports/report_page.py",
+        'decimal_bytes(train["bytes"])',
+        'decimal_bytes(train["bytes"] + held_out["bytes"])',
+        f"{REPORT_PAGE}_the_figures_at_the_top_are_of_the_same_documents",
+    ),
+    Mutant(
+        "sources of one name are told alike",
+        "lumina/data/reports/report_page.py",
+        "            taken[name] += 1",
+        "            taken[name] = len(parts[name])",
+        f"{REPORT_PAGE}_a_source_is_called_by_the_end_of_its_path_that_no_other_has",
+    ),
+    Mutant(
+        "a source's path is lost",
+        "lumina/data/reports/report_page.py",
+        "if short and short != name else",
+        "if False else",
+        f"{REPORT_PAGE}_a_table_of_sources_shows_the_end_of_a_path_and_has_all_of_it",
+    ),
+    Mutant(
+        "a tokenizer to compare with is passed over",
+        "lumina/data/reports/tokenizers.py",
+        "    for name, other in others.items():",
+        "    for name, other in {}.items():",
+        f"{TOKENIZERS}_a_tokenizer_of_ones_own_is_compared_with_and_those_that_are_missing_take_one_line",
+    ),
+    Mutant(
+        "an --out of a tokenizer is tried after training",
+        "lumina/data/reports/tokenizers.py",
+        "        arguments.out.parent.mkdir(parents=True, exist_ok=True)\n    except",
+        "        pass\n    except",
+        f"{TOKENIZERS}_an_out_that_cannot_be_is_refused_before_training",
+    ),
+    Mutant(
+        "SentencePiece is silent",
+        "lumina/data/reports/tokenizers.py",
+        "_told_of(texts, say)",
+        "texts",
+        f"{TOKENIZERS}_sentencepiece_is_made_and_loaded",
+    ),
+    Mutant(
+        "nothing is measured of all documents",
+        "lumina/data/reports/checking.py",
+        '_measured_told(found) if sample["documents"] else []',
+        "_measured_told(found)",
+        f"{CHECKING}_of_no_document_nothing_is_measured_and_no_rule_is_kept",
+    ),
+    Mutant(
+        "what is cut looks whole",
+        "lumina/data/reading/streams.py",
+        '("..." if len(whole) > SAMPLE_CHARACTERS else "")',
+        '""',
+        f"{CHECKING}_what_is_cut_ends_in_an_ellipsis",
+    ),
+    Mutant(
+        "a record is shown as it is read",
+        "lumina/data/reports/show.py",
+        "document = after_steps(record, recipe, account)",
+        "document = record",
+        f"{SHOW}_a_record_is_shown_as_the_steps_leave_it_and_what_they_did_is_told",
+    ),
+    Mutant(
+        "a record that a step removes is told without why",
+        "lumina/data/reports/show.py",
+        "taken.did.pop()",
+        '""',
+        f"{SHOW}_a_record_that_a_step_removes_is_told_with_the_step_and_why",
     ),
 ]

@@ -35,8 +35,8 @@ MODELS = [
     Mutant(
         "a chunk sees the next key",
         "lumina_jax/attend.py",
-        "jnp.arange(a, b)[:, None] >=",
-        "jnp.arange(a, b)[:, None] + 1 >=",
+        "place_T[a:b, None] >=",
+        "place_T[a:b, None] + 1 >=",
         ATTEND,
     ),
     Mutant(

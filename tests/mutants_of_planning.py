@@ -194,6 +194,20 @@ PLANS = [
         "]",
         f"{PLANNING}_a_search_counts_and_tells_only_what_fits",
     ),
+    Mutant(
+        "memory is asked for before hosts that cannot be",
+        "lumina/explain.py",
+        "        _require_even(arguments.hosts, devices)\n",
+        "",
+        f"{EXPLAIN}_what_no_memory_makes_possible_is_refused_before_memory_is_asked_for",
+    ),
+    Mutant(
+        "memory is asked for before devices that cannot be",
+        "lumina/explain.py",
+        "        require_shared(config, devices)\n",
+        "",
+        f"{EXPLAIN}_what_no_memory_makes_possible_is_refused_before_memory_is_asked_for",
+    ),
     # ----------------------------------------------------------------------------------------------------------------- launch
     Mutant(
         "the last bad exit code counts",
@@ -313,5 +327,47 @@ PLANS = [
         " | wc -c) + 1))",
         " | wc -c)))",
         f"{SCRIPTS}_a_host_of_a_slice_asks_who_the_hosts_are",
+    ),
+    Mutant(
+        "chips of a slice that do not add up",
+        "launch/kubernetes.sh",
+        "-eq $((HOSTS * CHIPS))",
+        "-ge $((HOSTS * CHIPS))",
+        f"{SCRIPTS}_a_variable_that_cannot_be_is_refused_in_one_line",
+    ),
+    Mutant(
+        "a topology that is none",
+        "launch/kubernetes.sh",
+        "| *x[0x]*)",
+        ")",
+        f"{SCRIPTS}_a_variable_that_cannot_be_is_refused_in_one_line",
+    ),
+    Mutant(
+        "a config that there is not is for the trainer to find",
+        "launch/torchrun.sh",
+        'config "$CONFIG"\n',
+        "",
+        f"{SCRIPTS}_a_config_that_there_is_not_is_refused",
+    ),
+    Mutant(
+        "a config of an image is looked for here",
+        "launch/kubernetes.sh",
+        "THERE=1 config",
+        "config",
+        f"{SCRIPTS}_a_config_is_a_preset_or_a_file_and_one_of_an_image_is_not_looked_for_here",
+    ),
+    Mutant(
+        "hosts clone from nowhere",
+        "launch/tpu_pod.sh",
+        '    [ -n "$SOURCE" ] || refuse',
+        "    true || refuse",
+        f"{SCRIPTS}_the_hosts_of_a_slice_need_something_to_clone",
+    ),
+    Mutant(
+        "a dry run hides the variables",
+        "launch/common.sh",
+        "        told\n",
+        "",
+        f"{SCRIPTS}_a_dry_run_tells_the_variables_so_that_a_misspelt_one_is_not_among_them",
     ),
 ]

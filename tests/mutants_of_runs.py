@@ -129,6 +129,13 @@ RUNS = [
         "parts = [(filled_RT | True) & np.isin",
         "lumina/runs/test_routing.py::test_depth_by_position_is_of_text_alone",
     ),
+    Mutant(
+        "small sizes are 0.0 MB",
+        "lumina/runs/units.py",
+        "if count < 999_950 else",
+        "if count < 0 else",
+        "lumina/runs/test_units.py::test_small_files_have_a_size_too",
+    ),
     # ------------------------------------------------------------------------------------------------- interchange and export
     Mutant(
         "interchange: a state's values not compared with those saved",

@@ -1,4 +1,4 @@
-"""The mistakes of `make mutants` from files of any form to the tokens of a prepared directory."""
+"""The mistakes of `make mutants` in conversations as token ids, and in reading and cleaning files of any form."""
 
 from mutant import Mutant
 
@@ -12,7 +12,6 @@ CONVERSATIONS, TREES, DOCSTRINGS, READERS, STREAMS, JSON_VALUES, TABLES = (
     f"lumina/data/reading/test_{name}.py::test"
     for name in ("conversations", "trees", "docstrings", "readers", "streams", "json_values", "tables")
 )
-TOKENIZERS = "lumina/data/reports/test_tokenizers.py::test"
 
 TEXTS = [
     # --------------------------------------------------------------------------------------------- conversations as token ids
@@ -276,6 +275,20 @@ TEXTS = [
         "5 * unit.bytes",
         f"{PIPELINE}_a_sample_of_compressed_files_is_of_the_text_that_they_hold",
     ),
+    Mutant(
+        "a list of numbers is a message",
+        "lumina/data/reading/conversations.py",
+        "if value and not any(",
+        "if value and not all(",
+        f"{CONVERSATIONS}_a_record_that_is_nothing_has_a_kind",
+    ),
+    Mutant(
+        "half a preference has no text",
+        "lumina/data/reading/conversations.py",
+        "raise Fault(_no_text(value) if",
+        'raise Fault("no text field" if',
+        f"{CONVERSATIONS}_a_record_that_is_nothing_has_a_kind",
+    ),
     # --------------------------------------------------------------------------------------------------------------- cleaning
     Mutant(
         "runs of words whatever their order",
@@ -416,97 +429,5 @@ TEXTS = [
         "return bool((self._hashes_S[places] == likely).any())",
         "return bool(len(likely))",
         f"{DECONTAMINATION}_many_texts_that_share_nothing_are_kept",
-    ),
-    # -------------------------------------------------------------------------------------------------------------- preparing
-    Mutant(
-        "the last of equal documents stays",
-        "lumina/data/preparing/merge.py",
-        "order[begins][np.cumsum(begins) - 1]",
-        "order[np.roll(begins, -1)][np.cumsum(begins) - 1]",
-        f"{PIPELINE}_of_equal_documents_the_first_stays",
-    ),
-    Mutant(
-        "turns placed as if all were in the first document",
-        "lumina/data/preparing/merge.py",
-        "begins[of - first]",
-        "begins[0]",
-        f"{PIPELINE}_turns_and_roles_of_conversations_are_where_the_index_says",
-    ),
-    Mutant(
-        "a rejected answer begins where its pair ends",
-        "lumina/data/preparing/merge.py",
-        "begins[1:][chosen] - rejected",
-        "begins[1:][chosen]",
-        f"{PIPELINE}_preferences_are_pairs_of_documents",
-    ),
-    Mutant(
-        "held-out documents trained on and the others held out",
-        "lumina/data/preparing/merge.py",
-        "(keep & ~out, keep & out)",
-        "(keep & out, keep & ~out)",
-        f"{PIPELINE}_the_index_cuts_the_streams_into_the_documents_in_order",
-    ),
-    Mutant(
-        "texts before the first conversation have no roles",
-        "lumina/data/preparing/tokenise.py",
-        "_of_text(self.tokens)",
-        "_of_text(0)",
-        f"{PIPELINE}_turns_and_roles_of_conversations_are_where_the_index_says",
-    ),
-    Mutant(
-        "a unit that is made is made again",
-        "lumina/data/preparing/tokenise.py",
-        "    if directory.is_dir():\n        return read_account(directory)\n",
-        "",
-        f"{PIPELINE}_what_is_done_is_not_done_again",
-    ),
-    Mutant(
-        "a source may change while shards are written",
-        "lumina/data/preparing/pipeline.py",
-        "    require_unchanged(order, planned)\n    account = Account()",
-        "    account = Account()",
-        f"{PIPELINE}_a_source_that_changes_until_the_shards_are_written_is_refused",
-    ),
-    Mutant(
-        "a source may change while a tokenizer is trained",
-        "lumina/data/preparing/pipeline.py",
-        "        require_unchanged(order, planned)\n    return tokenizer",
-        "        pass\n    return tokenizer",
-        "lumina/data/test_shards.py::test_a_source_that_changes_while_it_is_read_is_refused",
-    ),
-    Mutant(
-        "the manifest is the first to appear",
-        "lumina/data/preparing/pipeline.py",
-        "path.name == MANIFEST)",
-        "path.name != MANIFEST)",
-        f"{PIPELINE}_a_stop_at_any_point_goes_on_to_the_same_bytes",
-    ),
-    Mutant(
-        "samples of the last units",
-        "lumina/data/preparing/pipeline.py",
-        "for _, path in units:",
-        "for _, path in reversed(units):",
-        f"{PIPELINE}_the_rejects_that_are_named_are_the_first_of_their_kind",
-    ),
-    Mutant(
-        "a tokenizer is trained on held-out texts",
-        "lumina/data/preparing/pipeline.py",
-        "if where >= least and (where - least)",
-        "if where >= 0 and (where - least)",
-        f"{TOKENIZERS}_compression_is_counted_on_the_held_out_texts_alone",
-    ),
-    Mutant(
-        "a tokenizer learns from every copy",
-        "lumina/data/preparing/pipeline.py",
-        'once, known = "exact" in order.recipe.named_steps, set[bytes]()',
-        "once, known = False, set[bytes]()",
-        f"{PIPELINE}_a_tokenizer_learns_once_from_what_the_exact_step_leaves_once",
-    ),
-    Mutant(
-        "a tokenizer learns once where copies stay",
-        "lumina/data/preparing/pipeline.py",
-        'once, known = "exact" in order.recipe.named_steps, set[bytes]()',
-        "once, known = True, set[bytes]()",
-        f"{PIPELINE}_a_tokenizer_learns_once_from_what_the_exact_step_leaves_once",
     ),
 ]

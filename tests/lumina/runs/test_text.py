@@ -144,16 +144,20 @@ def test_of_several_sources_the_one_that_is_too_short_is_named(path, tmp_path):
         text_of(path, source=f"{path}/texts.jsonl@1,{short}@1", sequence_length=500)
 
 
-def test_the_fingerprint_is_of_all_sources(path):
-    both, one, packed = (
-        manifest(open_corpora(made := config(path, **data), quiet), made.data)
-        for data in ({}, {"source": f"{path}/texts.jsonl"}, {"source": f"{path}/texts.jsonl", "rows": "packed"})
-    )
+def test_the_fingerprint_is_of_all_sources_and_of_how_they_are_packed(path, monkeypatch):
+    def told(**data):
+        return manifest(open_corpora(made := config(path, **data), quiet), made.data)
+
+    texts_alone = f"{path}/texts.jsonl"
+    both, one, packed = told(), told(source=texts_alone), told(source=texts_alone, rows="packed")
     (other,) = both["others"].values()
     assert len({both["fingerprint"], other["fingerprint"], one["fingerprint"]}) == 3
     assert "others" not in one
     assert packed == one | {"packing": FORMAT, "fingerprint": packed["fingerprint"]}
     assert packed["fingerprint"] != one["fingerprint"]
+    monkeypatch.setattr("lumina.runs.text.FORMAT", FORMAT + 1)
+    assert told(source=texts_alone)["fingerprint"] == one["fingerprint"]
+    assert told(source=texts_alone, rows="packed")["fingerprint"] != packed["fingerprint"]
 
 
 def test_the_corpora_of_a_run_are_opened_with_its_tokenizer_and_must_be_the_same(path, tmp_path):
