@@ -70,7 +70,8 @@ PLANS = [
 LONGER = (
     "b200 is planned with rows of 1,048,576 tokens. Its own 1,000,000 are 2^6 x 5^6, so that `mesh.context` x `mesh.tensor` "
     "can be 32 at most, and with 16 rows in a batch there is no mesh of more than 512 devices; those need 228 GiB each by our "
-    "estimate. b100's own 200,000, 2^6 x 5^5, have the same limit and do not fit, so it is planned with 204,800 as well."
+    "estimate. b100's own 200,000, 2^6 x 5^5, have the same limit, and fused attention cannot take them; they fit without. "
+    "It is planned with 204,800 as well, on twice as many chips, with fused attention."
 )
 SCALED = "b14"  # what its chips send from 64 of them to 4,096
 CHIPS_OF = ("v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8", "v5p:8x8x16", "v5p:8x16x16", "v5p:16x16x16")
