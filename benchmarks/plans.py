@@ -115,7 +115,6 @@ def page(kept: dict[str, Any]) -> str:
         "In GiB. Parameters and optimizer are exact; the rest the compiler tells only together. Estimates are of "
         "[lumina/footprint.py](../lumina/footprint.py).",
         parts_of(plans),
-        *counted_twice(plans),
         "## FLOPs of a step",
         "Of all devices. *Model* is what MFU counts; *executed* adds what remat computes again, and slots of experts that stay "
         "empty; *traced* counts the compiled program's own matrix products with the trip counts of its loops, and attention's "
@@ -144,16 +143,6 @@ def missing(kept: dict[str, Any]) -> list[str]:
     """What there is no plan of, in words."""
     names = ", ".join(each.name for each in PLANS if each.name not in kept)
     return [f"Not compiled yet: {names}. `make plans` does."] if names else []
-
-
-def counted_twice(plans: list[tuple[Planned, dict[str, Any]]]) -> list[str]:
-    """Which plans have the compiler's temporaries as they were once taken, in words."""
-    names = [each.name for each, found in plans if "assigned" not in found["memory"].get("compiler", {"assigned": 0})]
-    said = (
-        "is as libtpu told temporaries, with some of what loops carry counted twice: an upper bound ([log.md](log.md)). A plan "
-        "made anew needs less."
-    )
-    return [f"The compiler's figure, here and above, of {', '.join(names)} {said}"] if names else []
 
 
 def table(rows: list[list[str]]) -> str:
