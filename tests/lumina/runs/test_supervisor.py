@@ -388,7 +388,7 @@ def test_the_command_line_reaches_the_supervisor(monkeypatch, tmp_path):
         ([], r"no command; give one after --, as in `lumina run -- python"),
         (["--"], r"no command; give one after --"),
         (["python", "-m", "lumina_jax.train"], r"no command; give one after --"),
-        (["--max-restart=3", "--", "true"], r"--max-restart=3: unknown argument; see `lumina run --help`"),
+        (["--max-restart=3", "--", "true"], r"--max-restart=3: unknown argument .did you mean --max-restarts.*`lumina run "),
         (["--config.train.steps=5", "--", "true"], r"--config.train.steps=5: unknown argument"),
         (["--max-restarts=-1", "--", "true"], r"--max-restarts = -1: must be at least 0"),
         (
