@@ -94,7 +94,7 @@ def _auxiliary(metrics: Metrics, knobs: Controls) -> jax.Array:
 
 
 class Tokens(NamedTuple):
-    """How many tokens of the whole batch each router sees, int32; at least 1, as they divide sums."""
+    """How many tokens of the whole batch each router sees, float32; at least 1, as they divide sums."""
 
     experts_L: jax.Array  # of the layers that have experts
     depth: jax.Array  # of every layer that has a depth router
@@ -103,7 +103,8 @@ class Tokens(NamedTuple):
 def _tokens(model: ModelConfig, segments_BT: jax.Array, axes: Axes) -> Tokens:
     """From a device's rows. Only positions in a segment count; of those that a depth router selects the number is fixed.
 
-    In float32, as a batch may have more than 2^31; a device has fewer."""
+    Summed in float32, as a batch may have more than 2^31; a device has fewer.
+    """
     T = segments_BT.shape[1]
     real_B = jnp.sum(segments_BT >= 0, axis=1, dtype=jnp.int32)
     selected_B = jnp.minimum(real_B, capacity(T, model.mod.capacity))

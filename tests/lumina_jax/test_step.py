@@ -4,6 +4,7 @@ B rows, T positions, M micro-batches, N devices, V vocabulary, W losses remember
 """
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from lumina.config import GuardConfig, MoEConfig
 from lumina.data.rows import Batches, Rows
 from lumina.mesh import Sizes
+from lumina_jax import step as steps
 from lumina_jax.mesh import mesh_of, one_device, whole
 from lumina_jax.model import TRAINING, Variables, by_canonical_name, merge
 from lumina_jax.step import (
@@ -582,6 +584,13 @@ def test_an_evenly_loaded_router_keeps_its_bias():
     config = tiny(moe={"bias_rate": 0.1})
     biases = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), state_shapes(config)[0].variables.biases)
     assert_same_bits(update_biases(config.model, biases, {"moe": {"load_A": jnp.full((2, 4), 5)}}), biases)
+
+
+def test_a_batch_may_have_more_tokens_than_int32_counts():
+    each = SimpleNamespace(sum=lambda of_one, axes: of_one * 2**20)  # of 1,048,576 devices
+    tokens = steps._tokens(tiny("moe", mod={"capacity": 0.5}).model, jnp.zeros((4, 1024), jnp.int32), each)
+    assert float(tokens.depth) == 2.0**32
+    assert tokens.experts_L.tolist() == [2.0**32] * len(tokens.experts_L)
 
 
 def test_a_tie_is_one_however_many_alternatives_there_are():
