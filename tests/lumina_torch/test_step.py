@@ -19,9 +19,11 @@ from lumina_torch.step import (
     Controls,
     Guard,
     LossScale,
+    Share,
     controls,
     init_state,
     is_good,
+    make_gradients,
     make_train_step,
     update_biases,
 )
@@ -624,3 +626,13 @@ def test_a_compiled_layer_trains_as_one_that_is_not_and_keeps_its_names():
     for name, array in tensors(plain).items():
         if name.startswith("first "):
             assert_close(tensors(compiled)[name], array, 5e-6)
+
+
+@pytest.mark.parametrize(("kind", "sums"), [("dense", 1), ("moe", 2), ("dense+mod", 2)])
+def test_processes_sum_no_counts_of_tokens_where_nothing_is_routed(kind, sums):
+    config, summed = tiny(kind), []
+    share = Share(total=lambda of_one: summed.append(of_one) or of_one)
+    state, batch = init_state(config), {name: torch.tensor(array) for name, array in random_batch().items()}
+    batch |= {name: batch[name].long() for name in ("inputs", "targets", "segments", "positions")}
+    make_gradients(config, None, None, torch.device("cpu"), share)(state, batch, controls(config))
+    assert len(summed) == sums
